@@ -1,0 +1,83 @@
+"""What every backend offers: one compiled graph that maps named arrays to named arrays."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualmatch.runtime.errors import DualmatchError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A graph's input or output as the manifest records it: a string in `shape` is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Session(ABC):
+    """One graph, loaded. The base class owns the checks; a backend writes only `_run` and `_release`.
+
+    Attributes:
+        inputs, outputs: what the graph takes and gives.
+        backend: the backend's name as `--backend` spells it.
+        provider: what the graph *really* runs on, read back from the engine, never what was asked for.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    backend: str
+    provider: str
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once.
+
+        Raises:
+            DualmatchError: a feed is missing, unknown, or of another dtype or shape than the graph takes, or an output is not finite.
+        """
+        self._check_feeds(feeds)
+        results = self._run(feeds)
+        for name, value in results.items():
+            if not np.isfinite(value).all():
+                raise DualmatchError(f"{self.backend} ({self.provider}): output {name!r} holds NaN or infinity.")
+        return results
+
+    def _check_feeds(self, feeds: Mapping[str, Array]) -> None:
+        expected = {spec.name for spec in self.inputs}
+        if set(feeds) != expected:
+            raise DualmatchError(f"the graph takes inputs {sorted(expected)}, got {sorted(feeds)}.")
+        for spec in self.inputs:
+            value = feeds[spec.name]
+            fits = value.ndim == len(spec.shape) and all(
+                isinstance(want, str) or want == got for want, got in zip(spec.shape, value.shape, strict=True)
+            )
+            if value.dtype != np.dtype(spec.dtype) or not fits:
+                raise DualmatchError(
+                    f"input {spec.name!r} must be {spec.dtype} {list(spec.shape)}, got {value.dtype} {list(value.shape)}."
+                )
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    @abstractmethod
+    def _release(self) -> None: ...
+
+    def close(self) -> None:
+        """Release the graph; the session cannot be used afterwards."""
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

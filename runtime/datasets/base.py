@@ -1,0 +1,92 @@
+"""One reader interface for every data layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageItem:
+    """One image of a data set, not yet read.
+
+    Attributes:
+        id: unique in the data set and stable between runs (a relative file name, or a generated name).
+        split: `train`, `val`, `test`, `none`, or what the data set calls it.
+        captions: its captions, as written by their authors; any number, at least one.
+        path: the file, or None where the image is drawn by `encoded`.
+        encoded: the image file's bytes where there is no file.
+        tags: facts about the item that a report may slice by (for `scenes`: the hard-pair kind and partner).
+    """
+
+    id: str
+    split: str
+    captions: tuple[str, ...]
+    path: Path | None = None
+    encoded: bytes | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+
+    def read_bytes(self) -> bytes:
+        """The encoded image file."""
+        if self.path is not None:
+            return self.path.read_bytes()
+        assert self.encoded is not None
+        return self.encoded
+
+    def open(self) -> Image.Image:
+        """Decode the image (not yet converted to RGB)."""
+        return Image.open(BytesIO(self.read_bytes()))
+
+    def content_hash(self) -> str:
+        """SHA-256 of the encoded file: the identity that `verify` matches photographs by."""
+        return sha256_of_bytes(self.read_bytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Images with captions, in a fixed order.
+
+    Attributes:
+        name: what the data set calls itself.
+        layout: which reader made it (`captions`, `scenes`, …).
+        items: the images, in the order in which galleries and similarity matrices hold them.
+        root: the folder, or None for generated data.
+    """
+
+    name: str
+    layout: str
+    items: tuple[ImageItem, ...]
+    root: Path | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that occur, in order of first occurrence."""
+        return tuple(dict.fromkeys(item.split for item in self.items))
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, image by image."""
+        return [caption for item in self.items for caption in item.captions]
+
+    @property
+    def caption_image(self) -> list[int]:
+        """For every caption the index of its image in `items`."""
+        return [index for index, item in enumerate(self.items) for _ in item.captions]
+
+    def select(self, splits: Sequence[str]) -> "Dataset":
+        """The images of the named splits joined into one set, in the data set's order.
+
+        Raises:
+            DualmatchError: a split that the data set does not have.
+        """
+        for split in splits:
+            if split not in self.splits:
+                raise DualmatchError(f"data set {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}.")
+        wanted = set(splits)
+        chosen = tuple(item for item in self.items if item.split in wanted)
+        return Dataset(name=self.name, layout=self.layout, items=chosen, root=self.root)
