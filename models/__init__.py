@@ -1,0 +1,10 @@
+"""The networks, as `nn.Module`s that read from top to bottom, and the frozen dataclasses that configure them.
+
+Imports torch and transformers; imported by `training` and `export`, never by `runtime`.
+Start with `dsran.py`, which uses everything else here.
+"""
+
+from .config import DsranConfig, RegionConfig, TextConfig, TrunkConfig
+from .dsran import DSRAN, ImageEncoder, TextEncoder
+
+__all__ = ["DSRAN", "DsranConfig", "ImageEncoder", "RegionConfig", "TextConfig", "TextEncoder", "TrunkConfig"]

@@ -1,0 +1,261 @@
+"""DSRAN: Dual Semantic Relations Attention Network (Wen et al., 2020), one implementation, configured.
+
+Two encoders that share no weights, so that each exports as a graph of its own. Differences between paper and authors' code are
+named where they occur; the code is followed, because its checkpoints and tables exist.
+Shape suffixes: B batch, N nodes, D embedding width, T tokens, C channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .config import DsranConfig, RegionConfig
+from .graph_attention import GatedFusion, GraphAttention
+from .pooling import box_geometry, box_pooling_weights, grid_boxes, l2_normalise, mean_over_nodes, pyramid_boxes
+from .text import PAD_ID, build_words
+from .trunks import CHANNELS, map_size
+
+
+def _graph(config: DsranConfig) -> GraphAttention:
+    return GraphAttention(
+        config.embed_dim,
+        num_heads=config.num_heads,
+        norm=config.norm,
+        attention_dropout=config.attention_dropout,
+        residual_dropout=config.residual_dropout,
+        zero_residual=config.zero_residual,
+    )
+
+
+class Projection(nn.Module):
+    """Dropout, Linear into the shared space, and for `relu` an activation and dropout (eq 1; the authors' BERT variant adds the ReLU)."""
+
+    def __init__(self, input_dim: int, config: DsranConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.input_dropout)
+        self.linear = nn.Linear(input_dim, config.embed_dim)
+        self.after: nn.Module = (
+            nn.Sequential(nn.ReLU(), nn.Dropout(config.projection_dropout))
+            if config.projection == "relu"
+            else nn.Identity()
+        )
+        if config.projection == "linear":
+            nn.init.xavier_uniform_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.after(self.linear(self.dropout(features)))
+
+
+class GridNodes(nn.Module):
+    """The trunk's final map as projected nodes, row by row, average-pooled to a coarser grid if the configuration says so."""
+
+    pooling_weights: Tensor | None
+
+    def __init__(self, config: DsranConfig) -> None:
+        super().__init__()
+        size = map_size(config.trunk, "final")
+        pooled = config.trunk.grid_size not in (0, size)
+        weights = box_pooling_weights(grid_boxes(config.trunk.grid_size), size, size) if pooled else None
+        self.register_buffer("pooling_weights", weights, persistent=False)
+        self.project = Projection(CHANNELS[config.trunk.name]["final"], config)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        cells_BNC = map_BCHW.flatten(2).transpose(1, 2)
+        if self.pooling_weights is not None:
+            cells_BNC = self.pooling_weights.to(cells_BNC.dtype) @ cells_BNC
+        return self.project(cells_BNC)
+
+
+class PyramidRegions(nn.Module):
+    """Regions pooled inside the graph from a fixed pyramid of boxes on a map finer than the grid, with their geometry."""
+
+    pooling_weights: Tensor
+    geometry: Tensor
+
+    def __init__(self, config: DsranConfig) -> None:
+        super().__init__()
+        boxes = pyramid_boxes(config.regions.levels)
+        size = map_size(config.trunk, config.regions.stage)
+        self.stage = config.regions.stage
+        self.register_buffer("pooling_weights", box_pooling_weights(boxes, size, size), persistent=False)
+        self.register_buffer("geometry", box_geometry(boxes), persistent=False)
+        self.project = Projection(CHANNELS[config.trunk.name][self.stage], config)
+        self.position = nn.Linear(6, config.embed_dim) if config.regions.position_dim else None
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        cells_BNC = map_BCHW.flatten(2).transpose(1, 2)
+        nodes_BND: Tensor = self.project(self.pooling_weights.to(cells_BNC.dtype) @ cells_BNC)
+        return nodes_BND if self.position is None else nodes_BND + self.position(self.geometry.to(cells_BNC.dtype))
+
+
+class PrecomputedRegions(nn.Module):
+    """Region features from files, projected; the authors' BERT variant sums an embedded position feature to them."""
+
+    def __init__(self, config: DsranConfig) -> None:
+        super().__init__()
+        regions: RegionConfig = config.regions
+        self.hidden = (
+            nn.Sequential(nn.Linear(regions.feature_dim, regions.feature_dim), nn.ReLU())
+            if regions.hidden_layer
+            else nn.Identity()
+        )
+        self.project = Projection(regions.feature_dim, config)
+        self.position = Projection(regions.position_dim, config) if regions.position_dim else None
+
+    def forward(self, regions_BNC: Tensor, positions_BNP: Tensor | None) -> Tensor:
+        nodes_BND: Tensor = self.project(self.hidden(regions_BNC))
+        return nodes_BND if self.position is None else nodes_BND + self.position(positions_BNP)
+
+
+class ImageEncoder(nn.Module):
+    """Pixels, or features, to unit vectors (paper sections III-B to III-D).
+
+    `forward` takes the graph's inputs; `embed` takes the trunk's maps, which training caches for a frozen trunk.
+    """
+
+    def __init__(self, config: DsranConfig, trunk: nn.Module | None) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = trunk
+        self.grid = GridNodes(config) if config.global_path else None
+        self.regions: PyramidRegions | PrecomputedRegions | None = None
+        if config.regional_path:
+            self.regions = PyramidRegions(config) if config.regions.source == "pyramid" else PrecomputedRegions(config)
+        self.grid_graph = _graph(config) if config.global_path and config.separate_relations else None
+        self.region_graph = _graph(config) if config.regional_path and config.separate_relations else None
+        joint_graphs = config.joint_graphs if config.joint_relations else 0
+        self.joint_graphs = nn.ModuleList(_graph(config) for _ in range(joint_graphs))
+        meets = config.global_path and config.regional_path and not config.joint_relations
+        self.fusions = nn.ModuleList(
+            GatedFusion(config.embed_dim) for _ in range({0: int(meets), 1: 0, 2: 1, 4: 3}[joint_graphs])
+        )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The trunk's maps that this encoder reads."""
+        stages = {"final"} if self.grid is not None else set()
+        if isinstance(self.regions, PyramidRegions):
+            stages.add(self.regions.stage)
+        return tuple(sorted(stages))
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of `forward`, in order."""
+        names = ["pixels"] if self.stages else []
+        if isinstance(self.regions, PrecomputedRegions):
+            names.append("regions")
+            if self.regions.position is not None:
+                names.append("region_positions")
+        return tuple(names)
+
+    def forward(
+        self, pixels: Tensor | None = None, regions: Tensor | None = None, region_positions: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, D), of unit norm.
+
+        Args:
+            pixels: (B, 3, S, S), pre-processed.
+            regions: (B, N, C), for precomputed regions.
+            region_positions: (B, N, position_dim), where the configuration has it.
+        """
+        maps: dict[str, Tensor] = {}
+        if pixels is not None:
+            assert self.trunk is not None
+            maps = self.trunk(pixels)
+        return self.embed(maps, regions, region_positions)
+
+    def embed(
+        self, maps: dict[str, Tensor], regions: Tensor | None = None, region_positions: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, D) from the trunk's maps (B, C, H, W) by stage."""
+        paths: list[Tensor] = []
+        if self.grid is not None:
+            nodes_BND = self.grid(maps["final"])
+            paths.append(nodes_BND if self.grid_graph is None else self.grid_graph(nodes_BND))
+        if self.regions is not None:
+            if isinstance(self.regions, PyramidRegions):
+                nodes_BND = self.regions(maps[self.regions.stage])
+            else:
+                nodes_BND = self.regions(regions, region_positions)
+            paths.append(nodes_BND if self.region_graph is None else self.region_graph(nodes_BND))
+        if self.joint_graphs:
+            joined_BND = torch.cat(paths, dim=1)  # grid first, as the authors do
+            vectors = [mean_over_nodes(graph(joined_BND), None) for graph in self.joint_graphs]
+        else:
+            vectors = [mean_over_nodes(nodes_BND, None) for nodes_BND in paths]
+        return l2_normalise(self._fuse(vectors), self.config.l2_epsilon)
+
+    def _fuse(self, vectors: list[Tensor]) -> Tensor:
+        """Fig. 4: F(v1, v2) for two vectors, F3(F1(v1, v2), F2(v3, v4)) for four."""
+        if len(vectors) == 1:
+            return vectors[0]
+        if len(vectors) == 2:
+            return self.fusions[0](vectors[0], vectors[1])
+        first, second, third = self.fusions
+        return third(first(vectors[0], vectors[1]), second(vectors[2], vectors[3]))
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """As usual, but a frozen trunk stays in evaluation mode: its BatchNorm statistics are part of its weights."""
+        super().train(mode)
+        if self.trunk is not None and self.config.trunk.frozen:
+            self.trunk.eval()
+        return self
+
+
+class TextEncoder(nn.Module):
+    """Token ids to unit vectors (paper section III-E).
+
+    `forward` takes ids; `embed` takes word features, which training caches for a frozen BERT.
+    """
+
+    def __init__(self, config: DsranConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.words = build_words(config.text, embed_dim=config.embed_dim, attend_padding=config.pad_policy == "authors")
+        # The authors' GRU variant has no projection (eq 18 has one): the GRU is as wide as the shared space.
+        self.project: nn.Module = (
+            nn.Identity() if config.text.encoder == "gru" else Projection(self.words.width, config)
+        )
+        self.caption_graph = _graph(config) if config.caption_relations else None
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Embeddings (B, D), of unit norm, from ids (B, T) padded with 0 at the end."""
+        mask_BT = token_ids != PAD_ID
+        return self.embed(self.words(token_ids, mask_BT), mask_BT)
+
+    def embed(self, words_BTW: Tensor, mask_BT: Tensor) -> Tensor:
+        """Embeddings (B, D) from word features (B, T, W)."""
+        nodes_BTD = self.project(words_BTW)
+        if self.config.text.normalise_tokens:
+            nodes_BTD = l2_normalise(nodes_BTD, 1e-12)  # padding is a zero vector and stays one
+        # The authors mask nothing: padding is attended, enters BatchNorm, and counts in the mean.
+        mask = mask_BT if self.config.pad_policy == "masked" else None
+        if self.caption_graph is not None:
+            nodes_BTD = self.caption_graph(nodes_BTD, mask)
+        return l2_normalise(mean_over_nodes(nodes_BTD, mask), self.config.l2_epsilon)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """As usual, but a frozen word encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.config.text.frozen:
+            self.words.eval()
+        return self
+
+
+class DSRAN(nn.Module):
+    """Both encoders.
+
+    Args:
+        config: the network.
+        trunk: the image trunk, from `trunks.build_trunk`; None where the configuration has none.
+    """
+
+    def __init__(self, config: DsranConfig, trunk: nn.Module | None) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config, trunk)
+        self.text_encoder = TextEncoder(config)
+        if trunk is not None and config.trunk.frozen:
+            trunk.requires_grad_(False)
+        if config.text.frozen:
+            self.text_encoder.words.requires_grad_(False)

@@ -1,0 +1,210 @@
+"""A gallery's directory while it grows: whatever happens, what counts on disk is a prefix of the finished gallery.
+
+A shard's files are written whole, then the quarantine list grows, then the index says so: only the index makes a shard
+count. Nothing depends on time, chance or an earlier interruption, so a resumed gallery has the bytes of an uninterrupted one.
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DualmatchError
+from .files import sha256_of_bytes, sha256_of_file, write_atomically
+from .gallery import Gallery
+from .gallery_index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, Shard, shard_files
+
+LOCK_FILE = ".lock"
+OWN_FILES = re.compile(r"vectors-\d{5}\.npy|items-\d{5}\.jsonl|quarantine\.jsonl|index\.json")
+OWN_LEFTOVERS = re.compile(rf"\.({OWN_FILES.pattern})\.\w+\.part")  # as write_atomically names them
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the directory and be its only writer; the lock goes when its holder does, however that ends.
+
+    Raises:
+        DualmatchError: another writer holds it, or the directory cannot be made.
+    """
+    path = out / LOCK_FILE
+    while True:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # an earlier holder has just removed the directory: make it again
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                break
+        except OSError as error:
+            raise DualmatchError(f"gallery {out} cannot be written: {error.strerror}.") from None
+    try:
+        _take(handle, out)
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 20, 0).decode().strip() or "unknown"
+        raise DualmatchError(
+            f"gallery {out} is being written by another process ({holder}); wait for it or give another path."
+        ) from None
+    except OSError as error:
+        raise DualmatchError(f"gallery {out} cannot be locked: {error.strerror}.") from None
+    # Between our opening and locking it, a holder may have finished and removed the file: then we locked nothing.
+    if os.fstat(handle).st_nlink == 0:
+        raise DualmatchError(f"gallery {out} was being written by another process until now; try again.")
+
+
+def begin(out: Path, plan: GalleryIndex, *, resume: bool) -> GalleryIndex:
+    """The index to go on from: an earlier run's if resuming, else `plan`, written as a gallery without shards.
+
+    Raises:
+        DualmatchError: there is something else, or a gallery without `resume`, or one that was begun otherwise than planned.
+    """
+    if not (out / INDEX_FILE).exists():
+        if foreign := sorted(path.name for path in out.iterdir() if not _is_own(path.name)):
+            raise DualmatchError(f"{out} is no gallery but holds {foreign[0]}; give a path that does not exist yet.")
+        with writing(out, plan):
+            try:
+                remove(out)
+                write_atomically(out / QUARANTINE_FILE, b"")
+                _commit(out, plan)
+            except BaseException:
+                remove(out)
+                raise
+        return plan
+    index = GalleryIndex.read(out)
+    if not resume:
+        state = "finished" if index.complete else f"unfinished ({index.rows_done} of {index.rows} rows)"
+        advice = "remove it first" if index.complete else "go on with --resume"
+        raise DualmatchError(f"gallery {out} exists and is {state}: {advice}, or give another path.")
+    _require_same(out, index, plan)
+    Gallery(out, index)  # checks sizes and shapes of the finished shards
+    if not index.complete:
+        with writing(out, index):
+            _cut_back(out, index)
+        # The bundle may have moved since; its hash says that it is the same.
+        index = replace(index, bundle_path=plan.bundle_path)
+    return index
+
+
+def append_shard(
+    out: Path,
+    index: GalleryIndex,
+    *,
+    end_row: int,
+    vectors: Sequence[NDArray[Any]],
+    items: Sequence[bytes],
+    quarantined: Sequence[bytes],
+) -> GalleryIndex:
+    """Write the shard of rows [index.rows_done, end_row) and commit it; gives the new index.
+
+    Args:
+        out, index: the gallery and how far it has come.
+        end_row: first source row beyond the shard.
+        vectors: in the gallery's dtype, (n, dimension) each.
+        items, quarantined: JSON lines.
+    """
+    npy = BytesIO()
+    np.save(npy, np.concatenate([np.empty((0, index.dimension), index.dtype), *vectors]), allow_pickle=False)
+    records = []
+    for name, data in zip(shard_files(len(index.shards)), (npy.getvalue(), b"".join(items)), strict=True):
+        write_atomically(out / name, data)
+        records.append(FileRecord(file=name, bytes=len(data), sha256=sha256_of_bytes(data)))
+    shard = Shard(first_row=index.rows_done, end_row=end_row, count=len(items), vectors=records[0], items=records[1])
+    log = index.quarantine
+    if quarantined:
+        path = out / QUARANTINE_FILE
+        with path.open("ab") as file:
+            file.write(b"".join(quarantined))
+            file.flush()
+            os.fsync(file.fileno())
+        log = FileRecord(file=QUARANTINE_FILE, bytes=path.stat().st_size, sha256=sha256_of_file(path))
+    index = replace(index, shards=(*index.shards, shard), quarantine=log)
+    _commit(out, index)
+    return index
+
+
+def remove(out: Path) -> None:
+    """Remove the gallery's files and leftovers, and nothing else; the index goes first, so that no half of it counts."""
+    (out / INDEX_FILE).unlink(missing_ok=True)
+    for path in list(out.iterdir()):
+        if _is_own(path.name) and path.name != LOCK_FILE:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(out: Path, index: GalleryIndex) -> Iterator[None]:
+    """Turn the operating system's refusal to write (full disk, rights) into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        kept = f"its first {index.rows_done} rows are safe, go on with --resume" if index.shards else "nothing is kept"
+        raise DualmatchError(f"gallery {out} cannot be written: {error.strerror or error}; {kept}.") from None
+
+
+def _require_same(out: Path, index: GalleryIndex, plan: GalleryIndex) -> None:
+    for name, what in {
+        "kind": "kind",
+        "bundle_hash": "bundle hash",
+        "dimension": "dimension",
+        "dtype": "dtype",
+        "batch_size": "batch size",
+        "rows_per_shard": "number of rows per shard",
+        "rows": "number of sources",
+        "source_hash": "source list (hash)",
+        "root": "folder of photographs",
+    }.items():
+        was, asked = getattr(index, name), getattr(plan, name)
+        if was != asked:
+            raise DualmatchError(
+                f"gallery {out} was begun with another {what}: {str(was)[:64]} then, {str(asked)[:64]} now; "
+                "resume with the same, or give another path."
+            )
+
+
+def _cut_back(out: Path, index: GalleryIndex) -> None:
+    """Take away what an interrupted run wrote beyond its last commit."""
+    confirmed = {LOCK_FILE, INDEX_FILE, QUARANTINE_FILE}
+    confirmed.update(record.file for shard in index.shards for record in (shard.vectors, shard.items))
+    for path in list(out.iterdir()):
+        if _is_own(path.name) and path.name not in confirmed:
+            path.unlink()
+    log = out / QUARANTINE_FILE
+    os.truncate(log, index.quarantine.bytes)
+    if sha256_of_file(log) != index.quarantine.sha256:
+        raise DualmatchError(f"gallery {out}: {log.name} has been changed, so it cannot be resumed; encode it again.")
+
+
+def _commit(out: Path, index: GalleryIndex) -> None:
+    """Let the index say what the files hold already; the directory is synced so that a power cut keeps that order."""
+    _sync(out)
+    write_atomically(out / INDEX_FILE, index.to_json())
+    _sync(out)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_own(name: str) -> bool:
+    return name == LOCK_FILE or bool(OWN_FILES.fullmatch(name) or OWN_LEFTOVERS.fullmatch(name))

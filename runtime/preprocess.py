@@ -1,0 +1,98 @@
+"""Photographs to the arrays that the image encoder takes: Pillow and NumPy only, the same code for training and serving."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import DualmatchError
+
+# Above this many pixels a file is refused before it is decoded: a decompression bomb, or a mistake.
+MAX_PIXELS = 200_000_000
+
+ImageLike = Image.Image | bytes | str | Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a photograph becomes pixels (3, S, S), float32.
+
+    Attributes:
+        image_size: S.
+        resize: `squash` scales the whole photograph to S x S; `crop` scales its shorter side to S * 256 / 224 and cuts the centre
+            S x S (the DSRAN authors' evaluation transform).
+        mean, std: per channel, on values in [0, 1].
+    """
+
+    image_size: int
+    resize: Literal["squash", "crop"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: ImageLike) -> NDArray[np.float32]:
+        """Decode, orient by EXIF, convert to RGB, resize bilinearly with antialiasing, normalise: (3, S, S) float32.
+
+        Raises:
+            DualmatchError: the image cannot be read.
+        """
+        return self.normalise(self.fit(open_rgb(image)))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The RGB image scaled (and cut) to S x S."""
+        size = self.image_size
+        if self.resize == "squash":
+            return image.resize((size, size), Image.Resampling.BILINEAR)
+        short = size * 256 // 224
+        width, height = image.size
+        # The longer side is truncated and the offset rounded, as torchvision's Resize and CenterCrop do.
+        scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        image = image.resize(scaled, Image.Resampling.BILINEAR)
+        left, top = round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0)
+        return image.crop((left, top, left + size, top + size))
+
+    def normalise(self, image: Image.Image) -> NDArray[np.float32]:
+        """An RGB image of any size as (3, height, width) float32, mean and deviation applied."""
+        pixels_HWC: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / np.float32(255)
+        pixels_HWC -= np.asarray(self.mean, np.float32)
+        pixels_HWC /= np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+
+
+def open_rgb(image: ImageLike) -> Image.Image:
+    """Decode an image wholly and convert it to RGB: EXIF orientation applied, transparency composed on white.
+
+    Raises:
+        DualmatchError: not an image, truncated, or larger than MAX_PIXELS.
+    """
+    name = "the image" if isinstance(image, Image.Image | bytes) else str(image)
+    try:
+        opened = (
+            image
+            if isinstance(image, Image.Image)
+            else Image.open(BytesIO(image) if isinstance(image, bytes) else image)
+        )
+        if opened.width * opened.height > MAX_PIXELS:
+            raise DualmatchError(
+                f"{name} has {opened.width} x {opened.height} pixels, above the limit of {MAX_PIXELS}."
+            )
+        oriented = ImageOps.exif_transpose(opened)
+        if oriented.mode in ("RGBA", "LA", "PA") or "transparency" in oriented.info:
+            coloured = oriented.convert("RGBA")
+            flattened = Image.new("RGB", coloured.size, (255, 255, 255))
+            flattened.paste(coloured, mask=coloured.getchannel("A"))
+            return flattened
+        return oriented.convert("RGB")
+    except FileNotFoundError:
+        raise DualmatchError(f"there is no file {name}.") from None
+    except UnidentifiedImageError:
+        raise DualmatchError(f"{name} is not an image that Pillow can read.") from None
+    except Image.DecompressionBombError as error:
+        raise DualmatchError(f"{name} is refused: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DualmatchError):
+            raise
+        raise DualmatchError(f"{name} cannot be decoded: {error}.") from None

@@ -1,0 +1,162 @@
+"""Re-ranking a query's best candidates by where the query stands in *their* rankings (MTFN's scheme, as DSRAN uses it).
+
+A candidate's address is the query's 0-based position in the candidate's own ranking of all queries; the first k1 of the plain
+ranking are put in ascending order of address. Addresses tie in nearly every row, so the sort is stable: equal addresses keep the order of similarity.
+Everywhere the order of similarity is descending, ties to the smaller index.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DualmatchError
+from .recall import Matrix, Ranks, nan_error, rows
+
+_COLUMNS_PER_TILE, _ROWS_PER_TILE = 64, 512
+_GROUPS = 250
+
+Line = NDArray[np.float32]
+
+
+def i2t(similarity: Matrix, k1: int = 15) -> Ranks:
+    """Re-ranked captions of every image, int64 (images, k1), best first.
+
+    The address of caption t for image i is the position of i in t's ranking of all images.
+
+    Args:
+        similarity: (images, captions), compared in float32; may be memory-mapped.
+        k1: how many candidates to re-rank; the papers use 15.
+
+    Raises:
+        DualmatchError: NaN in the similarity, or k1 outside 1 … captions.
+    """
+    return _rerank(*i2t_addresses(similarity, k1))
+
+
+def t2i(similarity: Matrix, k1: int = 15) -> Ranks:
+    """Re-ranked images of every caption, int64 (captions, k1), best first; otherwise as `i2t`."""
+    return _rerank(*t2i_addresses(similarity, k1))
+
+
+def t2i_through_neighbours(similarity: Matrix, caption_similarity: Matrix, k1: int, k2: int) -> Ranks:
+    """As `t2i`, but an image's address is the best position that any of the caption's k2 nearest captions has in its ranking.
+
+    A caption is normally its own nearest, so k2 = 1 is `t2i`.
+
+    Args:
+        similarity: (images, captions).
+        caption_similarity: (captions, captions).
+
+    Raises:
+        DualmatchError: NaN, k1 outside 1 … images, k2 outside 1 … captions, or sizes that do not fit.
+    """
+    num_captions = similarity.shape[1]
+    if caption_similarity.shape != (num_captions, num_captions):
+        raise DualmatchError(
+            f"the similarity has {num_captions} captions, so the captions' own must be {(num_captions, num_captions)}, "
+            f"got {caption_similarity.shape}."
+        )
+    neighbours_QN = _best(rows(caption_similarity), caption_similarity.shape, k2, "captions")
+    candidates_QK = best_images(similarity, k1)
+    addresses_QNK = _positions(
+        rows(similarity),
+        np.broadcast_to(candidates_QK[:, None, :], (num_captions, k2, k1)),
+        np.broadcast_to(neighbours_QN[:, :, None], (num_captions, k2, k1)),
+    )
+    return _rerank(candidates_QK, addresses_QNK.min(axis=1))
+
+
+def i2t_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
+    """Every image's k1 best captions in the order of similarity and their addresses, both int64 (images, k1); raises as `i2t`."""
+    candidates_QK = best_captions(similarity, k1)
+    return candidates_QK, _positions(columns(similarity), candidates_QK, _each_query(candidates_QK))
+
+
+def t2i_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
+    """Every caption's k1 best images in the order of similarity and their addresses, both int64 (captions, k1); raises as `i2t`."""
+    candidates_QK = best_images(similarity, k1)
+    return candidates_QK, _positions(rows(similarity), candidates_QK, _each_query(candidates_QK))
+
+
+def best_captions(similarity: Matrix, k: int) -> Ranks:
+    """The k best captions of every image, int64 (images, k), in the order of similarity; raises as `i2t`."""
+    return _best(rows(similarity), similarity.shape, k, "captions")
+
+
+def best_images(similarity: Matrix, k: int) -> Ranks:
+    """The k best images of every caption, int64 (captions, k), in the order of similarity; raises as `i2t`."""
+    return _best(columns(similarity), similarity.shape[::-1], k, "images")
+
+
+def columns(similarity: Matrix) -> Iterator[tuple[int, Line]]:
+    """Each column with its index, contiguous and float32: `rows` of the transpose.
+
+    A few columns are copied at a time, in tiles that stay in the cache: whole columns would miss it at every element.
+    """
+    similarity = np.asarray(similarity)
+    num_rows, num_columns = similarity.shape
+    tile = np.empty((min(_COLUMNS_PER_TILE, num_columns), num_rows), np.float32)
+    for start in range(0, num_columns, len(tile)):
+        stop = min(start + len(tile), num_columns)
+        for top in range(0, num_rows, _ROWS_PER_TILE):
+            tile[: stop - start, top : top + _ROWS_PER_TILE] = similarity[top : top + _ROWS_PER_TILE, start:stop].T
+        for index, column in enumerate(tile[: stop - start], start):
+            if np.isnan(column.max()):
+                raise nan_error(int(np.isnan(column).argmax()), index)
+            yield index, column
+
+
+def _best(lines: Iterator[tuple[int, Line]], shape: tuple[int, ...], k: int, items: str) -> Ranks:
+    num_queries, num_items = shape
+    if not 1 <= k <= num_items:
+        raise DualmatchError(
+            f"{k} candidates were asked for and there are {num_items} {items}; choose 1 to {num_items}."
+        )
+    best_QK = np.empty((num_queries, k), np.int64)
+    for query, line in lines:
+        # k items in different groups reach the k-th largest of the groups' maxima: the best k are among those that reach it.
+        if k <= _GROUPS < num_items:
+            maxima = line[: num_items // _GROUPS * _GROUPS].reshape(-1, _GROUPS).max(axis=0)
+            maxima.partition(_GROUPS - k)
+            reaching = (line >= maxima[_GROUPS - k]).nonzero()[0]
+        else:
+            reaching = np.arange(num_items)
+        best_QK[query] = reaching[(-line[reaching]).argsort(kind="stable")[:k]]
+    return best_QK
+
+
+def _each_query(candidates_QK: Ranks) -> Ranks:
+    return np.broadcast_to(np.arange(len(candidates_QK))[:, None], candidates_QK.shape)
+
+
+def _positions(lines: Iterator[tuple[int, Line]], line_of: Ranks, item_of: Ranks) -> Ranks:
+    """For every pair, the 0-based position of the item in the ranking of the line; of the shape of both arguments."""
+    items = item_of.ravel()
+    by_line = np.argsort(line_of, axis=None, kind="stable")
+    last_line = line_of.flat[by_line[-1]]
+    bounds = np.searchsorted(line_of.ravel()[by_line], np.arange(last_line + 2)).tolist()
+    positions = np.empty(len(items), np.int64)
+    for (_, line), (start, stop) in zip(
+        lines, pairwise(bounds), strict=False
+    ):  # lines beyond the last are not asked for
+        if start < stop:
+            pairs = by_line[start:stop]
+            positions[pairs] = _positions_in(line, items[pairs])
+    return positions.reshape(line_of.shape)
+
+
+def _positions_in(line: Line, items: Ranks) -> Ranks:
+    scores = line[items]
+    reaching = np.sort(line[line >= scores.min()])
+    not_above = reaching.searchsorted(scores, side="right")
+    positions = len(reaching) - not_above
+    tied = (not_above - reaching.searchsorted(scores) > 1).nonzero()[0]
+    for pair in tied:
+        positions[pair] += np.count_nonzero(line[: items[pair]] == scores[pair])
+    return positions
+
+
+def _rerank(candidates_QK: Ranks, addresses_QK: Ranks) -> Ranks:
+    return np.take_along_axis(candidates_QK, np.argsort(addresses_QK, axis=1, kind="stable"), axis=1)

@@ -1,0 +1,176 @@
+"""Recipes: small TOML files that say which network is trained on what and how."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from dualmatch.models.config import DsranConfig
+from dualmatch.runtime.configs import check_range, from_mapping
+from dualmatch.runtime.errors import DualmatchError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which part of a data set is used and how its images are presented.
+
+    Attributes:
+        train_splits, val_splits: splits joined for training, and for choosing the best epoch.
+        resize: `squash` or `crop`, see `runtime.preprocess`.
+        views: with a frozen trunk, cached views of each training image: the evaluation view and views - 1 augmented ones.
+        augment: random crops and flips where the trunk is trained (a frozen trunk's augmentation is its cached views).
+        crop_min_area: smallest share of the photograph that an augmented view shows (the authors: 0.08).
+        regions: a region file, for networks that take precomputed regions.
+        min_word_count: rarer words of the training captions become the unknown word (word-level vocabularies).
+    """
+
+    train_splits: tuple[str, ...] = ("train",)
+    val_splits: tuple[str, ...] = ("val",)
+    resize: Literal["squash", "crop"] = "crop"
+    views: int = 1
+    augment: bool = False
+    crop_min_area: float = 0.08
+    regions: str = ""
+    min_word_count: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("views", self.views, 1, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The matching loss.
+
+    Attributes:
+        kind: `hinge` (eq 21; VSE++) or `infonce` (symmetric cross-entropy over the batch).
+        margin: alpha of the hinge loss.
+        hardest: only the hardest negative in the batch counts; otherwise all do.
+        temperature: of `infonce`.
+        warmup_epochs: epochs on `infonce` before `hinge` starts.
+        mask_same_image: other captions of the same image in a batch are no negatives (the authors count them).
+    """
+
+    kind: Literal["hinge", "infonce"] = "hinge"
+    margin: float = 0.2
+    hardest: bool = True
+    temperature: float = 0.05
+    warmup_epochs: int = 0
+    mask_same_image: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("margin", self.margin, 0.0, 2.0)
+        check_range("temperature", self.temperature, 1e-4, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The optimisation.
+
+    Attributes:
+        epochs: passes; one pass sees every pair (`pairs`) or every image with one caption drawn at random (`images`).
+        optimiser: `adam` or `adamw` (with weight_decay).
+        schedule: learning rate `constant`, `step` (times 0.1 every `step_epochs`), or `cosine` down to zero.
+        warmup_steps: linear rise of the learning rate.
+        clip_norm: global gradient norm is cut to this; 0 for no clipping.
+        average: decay of an exponential moving average of the weights that is what gets evaluated and saved as best; 0 for none.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    epoch_over: Literal["pairs", "images"] = "pairs"
+    optimiser: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    step_epochs: int = 8
+    warmup_steps: int = 0
+    clip_norm: float = 2.0
+    average: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("epochs", self.epochs, 1, 100_000)
+        check_range("batch_size", self.batch_size, 2, 1_000_000)
+        check_range("average", self.average, 0.0, 0.99999)
+        if self.learning_rate <= 0:
+            raise DualmatchError(f"learning_rate must be positive, got {self.learning_rate}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run, completely described.
+
+    Attributes:
+        name, description: shown by `dualmatch train --list`.
+        trunk_weights: a file with pretrained weights for a trunk that no package carries (`resnet152`).
+    """
+
+    name: str
+    description: str = ""
+    trunk_weights: str = ""
+    model: DsranConfig = field(default_factory=DsranConfig)
+    data: DataOptions = field(default_factory=DataOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return asdict(self)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a TOML file by path, with `key=value` overrides (`train.epochs=3`).
+
+    Raises:
+        DualmatchError: no such recipe, TOML that cannot be read, an unknown or mistyped option.
+    """
+    where = f"recipe {name_or_path}"
+    shipped = _shipped() / f"{name_or_path}.toml"
+    if shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise DualmatchError(
+            f"there is no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(recipe_names())}."
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DualmatchError(f"{where} is not valid TOML: {error}.") from None
+    values.setdefault("name", Path(name_or_path).stem)
+    for override in overrides:
+        _override(values, override)
+    return recipe_from_json(values, where)
+
+
+def recipe_from_json(values: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain values, strictly."""
+    return from_mapping(Recipe, values, where)
+
+
+def _shipped() -> Any:
+    return files("dualmatch.training.recipes")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise DualmatchError(f"--set takes key=value, for example train.epochs=3; got {override!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise DualmatchError(f"--set {override}: {table!r} is an option, not a table.")
+    values[last] = value

@@ -1,0 +1,121 @@
+"""What training changes: weights, optimiser, schedule, moving average, and which epoch was best."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dualmatch.models import DSRAN
+
+from .checkpoint import frozen_names, load_tensors, save_tensors
+from .recipe import Recipe
+
+
+class TrainingState:
+    """Weights in training, optimiser, schedule, moving average, and which epoch was best."""
+
+    def __init__(self, recipe: Recipe, model: DSRAN, *, steps_per_epoch: int) -> None:
+        self.options = recipe.train
+        self.model = model
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimiser = torch.optim.AdamW if recipe.train.optimiser == "adamw" else torch.optim.Adam
+        self.optimiser: torch.optim.Optimizer = optimiser(
+            self.parameters.values(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
+        )
+        self.steps_per_epoch = steps_per_epoch
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.train.average else {}
+        self.steps = 0
+        self.epoch = 0
+        self.best_epoch, self.best_rsum, self.is_best = 0, -math.inf, False
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the step to come."""
+        options = self.options
+        rise = min(1.0, (self.steps + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+        if options.schedule == "cosine":
+            total = options.epochs * self.steps_per_epoch
+            fall = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / total)))
+        elif options.schedule == "step":
+            fall = 0.1 ** (self.steps // self.steps_per_epoch // options.step_epochs)
+        else:
+            fall = 1.0
+        return options.learning_rate * rise * fall
+
+    def step(self, loss: Tensor) -> None:
+        """One update."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.options.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimiser.step()
+        self.steps += 1
+        for name, value in self.average.items():
+            value.lerp_(self.parameters[name].detach(), 1 - self.options.average)
+
+    def averaged(self) -> "_Swapped":
+        """Within it, the model holds the averaged weights (its own, where there is no average)."""
+        return _Swapped(self.parameters, self.average)
+
+    def finish_epoch(self, rsum: float) -> None:
+        """Count the epoch; a tie keeps the earlier one."""
+        self.epoch += 1
+        self.is_best = rsum > self.best_rsum
+        if self.is_best:
+            self.best_epoch, self.best_rsum = self.epoch, rsum
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The state dict without what is frozen."""
+        frozen = frozen_names(self.model)
+        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+
+    def save(self, path: Path) -> None:
+        """Everything that the next epoch depends on."""
+        tensors = {f"model.{name}": value for name, value in self.trained_tensors().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        names = list(self.parameters)
+        for index, entry in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{names[index]}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        facts = {"epoch": self.epoch, "steps": self.steps, "best_epoch": self.best_epoch, "best_rsum": self.best_rsum}
+        save_tensors(path, tensors, facts)
+
+    def load(self, path: Path) -> None:
+        """Continue from `save`."""
+        tensors, facts = load_tensors(path)
+        self.model.load_state_dict({**self.model.state_dict(), **_under(tensors, "model.")})
+        for name, value in _under(tensors, "average.").items():
+            self.average[name].copy_(value)
+        names = list(self.parameters)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(tensors, "optimiser.").items():
+            parameter, _, key = name.rpartition(".")
+            state.setdefault(names.index(parameter), {})[key] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.epoch, self.steps = facts["epoch"], facts["steps"]
+        self.best_epoch, self.best_rsum = facts["best_epoch"], facts["best_rsum"]
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+class _Swapped:
+    """Parameters hold other values inside the block."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        self.parameters, self.values = parameters, values
+        self.kept: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        with torch.no_grad():
+            for name, value in self.values.items():
+                self.kept[name] = self.parameters[name].detach().clone()
+                self.parameters[name].copy_(value)
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for name, value in self.kept.items():
+                self.parameters[name].copy_(value)
