@@ -62,7 +62,8 @@ def export_encoder(
                 verbose=False,
             )
         except Exception as error:
-            raise DualmatchError(f"torch cannot export the encoder to ONNX: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DualmatchError(f"torch cannot export the encoder to ONNX: {reason}") from error
     assert program is not None
     model = program.model_proto
     _strip_notes(model)
@@ -90,16 +91,23 @@ def largest_difference(encoder: nn.Module, path: Path, batches: Sequence[Mapping
     """Run torch and the graph on each batch; the largest absolute difference per component.
 
     Raises:
-        DualmatchError: shapes differ, or the graph does not run.
+        DualmatchError: shapes differ, torch gives NaN or infinity, or the graph does not run or gives them.
     """
     worst = 0.0
     with open_session(path) as session:
         for feeds in batches:
             with torch.inference_mode():
                 wanted = encoder(**{name: torch.from_numpy(value) for name, value in feeds.items()}).numpy()
-            (got,) = session.run(feeds).values()
+            shapes = {name: list(value.shape) for name, value in feeds.items()}
+            if not np.isfinite(wanted).all():  # max() below would pass over NaN
+                raise DualmatchError(f"torch gives NaN or infinity for inputs {shapes}.")
+            try:
+                (got,) = session.run(feeds).values()
+            except DualmatchError:
+                raise
+            except Exception as error:  # a backend's own exception: a shape frozen inside the graph, say
+                raise DualmatchError(f"{path.name} does not run on inputs {shapes}: {error}") from error
             if got.shape != wanted.shape:
-                shapes = {name: list(value.shape) for name, value in feeds.items()}
                 raise DualmatchError(
                     f"{path.name} gives {list(got.shape)} for inputs {shapes}, torch gives {list(wanted.shape)}."
                 )

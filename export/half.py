@@ -134,7 +134,7 @@ class _Rewriter:
         half = f"{name}.float16"
         if half not in self.new_weights:
             values = numpy_helper.to_array(self.weights[name])
-            if np.abs(values).max(initial=0.0) > HALF_MAX:
+            if not np.abs(values).max(initial=0.0) <= HALF_MAX:  # NaN too
                 raise DualmatchError(
                     f"weight {name!r} has a magnitude of {np.abs(values).max():.3g}, above float16's {HALF_MAX:.0f}; export with --fp32."
                 )
@@ -180,30 +180,37 @@ def magnitudes(
         single, half: the graph before and after `to_half`.
         batches: real inputs.
         scratch: a folder for a temporary graph.
+
+    Raises:
+        DualmatchError: a tensor is not finite in float32 already.
     """
     from dualmatch.runtime.backends import open_session
 
-    half_types = {value.name: value.type.tensor_type.elem_type for value in half.graph.value_info}
     inferred = onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True)
+    # A tensor counts under its own name, and also where only a cast of it (`name.float16`) is half: casts overflow too.
+    halves = {
+        value.name.removesuffix(".float16") for value in half.graph.value_info
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
+    }  # fmt: skip
     probed = onnx.ModelProto()
     probed.CopyFrom(inferred)
     operators = {name: node.op_type for node in inferred.graph.node for name in node.output}
     declared = {value.name for value in probed.graph.output}
-    watched = [
-        value for value in inferred.graph.value_info
-        if half_types.get(value.name) == TensorProto.FLOAT16 and value.name in operators and value.name not in declared
-    ]  # fmt: skip
+    watched = [value for value in inferred.graph.value_info if value.name in halves & operators.keys() - declared]
+    ends = [value.name for value in (*inferred.graph.input, *inferred.graph.output) if value.name in halves]
     probed.graph.output.extend(watched)
     path = scratch / "probe.onnx"
     onnx.save(probed, path)
-    largest = dict.fromkeys((value.name for value in watched), 0.0)
+    largest = dict.fromkeys((*ends, *(value.name for value in watched)), 0.0)
     try:
         with open_session(path) as session:
             for feeds in batches:
-                for name, value in session.run(feeds).items():
+                for name, value in (feeds | session.run(feeds)).items():
                     if name in largest and value.size:
                         largest[name] = max(largest[name], float(np.abs(value).max()))
     finally:
         path.unlink()
-    found = [Magnitude(tensor=name, operator=operators[name], largest=value) for name, value in largest.items()]
+    found = [
+        Magnitude(tensor=name, operator=operators.get(name, "input"), largest=value) for name, value in largest.items()
+    ]
     return sorted(found, key=lambda one: -one.largest)

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 class OnnxGru(nn.Module):
     """A one-layer, one-direction, batch-first `nn.GRU` that exports as one ONNX GRU node; its values are the same."""
 
+    weight: Tensor
+    recurrence: Tensor
+    bias: Tensor
+
     def __init__(self, gru: nn.GRU) -> None:
         super().__init__()
-        assert gru.num_layers == 1 and not gru.bidirectional and gru.batch_first and gru.bias
+        assert (gru.num_layers, gru.bidirectional, gru.batch_first, gru.bias) == (1, False, True, True)
         self.hidden_size = gru.hidden_size
         self.register_buffer("weight", _onnx_gates(gru.weight_ih_l0)[None])
         self.register_buffer("recurrence", _onnx_gates(gru.weight_hh_l0)[None])
@@ -33,7 +37,8 @@ class OnnxGru(nn.Module):
         return states_T1BD.squeeze(1).transpose(0, 1), last_1BD
 
 
-def _onnx_gates(stacked: Tensor) -> Tensor:
+def _onnx_gates(stacked: Tensor | nn.Module) -> Tensor:
     """torch stacks reset, update, new; ONNX stacks update, reset, new."""
+    assert isinstance(stacked, Tensor)
     reset, update, new = stacked.detach().chunk(3)
     return torch.cat([update, reset, new])

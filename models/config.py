@@ -1,12 +1,20 @@
 """What a network is made of, as frozen dataclasses: recipes write them, checkpoints and manifests carry them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dualmatch.runtime.configs import check_range
 from dualmatch.runtime.errors import DualmatchError
 
 PadPolicy = Literal["authors", "masked"]
+
+
+def _check_choices(config: Any) -> None:
+    """Refuse a value that a `Literal` field does not list: code elsewhere takes what is not the one choice for the other."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal and value not in choices:
+            raise DualmatchError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +26,20 @@ class TrunkConfig:
         image_size: side of the square input, pixels.
         frozen: weights and BatchNorm statistics stay as loaded, so that features can be cached.
         grid_size: the final map is average-pooled to grid_size x grid_size grid nodes; 0 keeps the map as it is.
+        feature_dim: channels of the final map, where stored maps of another width take the trunk's place; 0: as many as the trunk has.
     """
 
     name: Literal["tiny", "efficientnet-lite0", "resnet152", "none"] = "tiny"
     image_size: int = 224
     frozen: bool = True
     grid_size: int = 0
+    feature_dim: int = 0
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.name != "none":
             check_range("image_size", self.image_size, 32, 1024)
+        check_range("grid_size", self.grid_size, 0, self.image_size)
         if self.name == "tiny" and self.frozen:
             raise DualmatchError(
                 "the tiny trunk has no pretrained weights, so it cannot be frozen; set frozen = false."
@@ -57,6 +69,9 @@ class RegionConfig:
     hidden_layer: bool = False
 
     def __post_init__(self) -> None:
+        _check_choices(self)
+        check_range("feature_dim", self.feature_dim, 1, 65536)
+        check_range("position_dim", self.position_dim, 0, 65536)
         if self.source == "pyramid":
             if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 1:
                 raise DualmatchError(f"pyramid levels must be increasing positive integers, got {list(self.levels)}.")
@@ -100,13 +115,30 @@ class TextConfig:
     keep_last_special: bool = True
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         check_range("word_dropout", self.word_dropout, 0.0, 0.95)
+        check_range("word_dim", self.word_dim, 1, 65536)
+        check_range("max_length", self.max_length, 0, 65536)
         if self.encoder == "gru" and (self.frozen or self.pretrained != "none"):
             raise DualmatchError("a gru text encoder is trained from scratch; frozen and pretrained are for bert.")
-        if self.encoder == "bert" and not 0 < self.max_length <= self.max_positions:
+        if self.fixed_length and not 0 < self.max_length <= self.fixed_length:
+            raise DualmatchError(
+                f"captions padded to {self.fixed_length} tokens (fixed_length) must be cut to as many or fewer: "
+                f"max_length must lie between 1 and {self.fixed_length}, got {self.max_length}."
+            )
+        if self.encoder == "bert":
+            self._check_bert()
+
+    def _check_bert(self) -> None:
+        for name in ("num_layers", "num_heads", "intermediate_dim", "max_positions"):
+            check_range(name, getattr(self, name), 1, 65536)
+        if self.word_dim % self.num_heads:
+            raise DualmatchError(f"word_dim ({self.word_dim}) must be a multiple of num_heads ({self.num_heads}).")
+        if not 0 < self.max_length <= self.max_positions:
             raise DualmatchError(
                 f"max_length must lie between 1 and max_positions ({self.max_positions}), got {self.max_length}."
             )
+        check_range("fixed_length", self.fixed_length, 0, self.max_positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +184,20 @@ class DsranConfig:
     pad_policy: PadPolicy = "masked"
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in ("input_dropout", "projection_dropout", "attention_dropout", "residual_dropout"):
             check_range(name, getattr(self, name), 0.0, 0.95)
+        if self.l2_epsilon:  # its square must still be a float32 number
+            check_range("l2_epsilon", self.l2_epsilon, 1e-18, 1.0)
+        check_range("embed_dim", self.embed_dim, 1, 65536)
+        check_range("num_heads", self.num_heads, 1, self.embed_dim)
         if self.embed_dim % self.num_heads:
             raise DualmatchError(f"embed_dim ({self.embed_dim}) must be a multiple of num_heads ({self.num_heads}).")
         if not (self.global_path or self.regional_path):
             raise DualmatchError("global_path and regional_path are both off: the image encoder would have no input.")
         if self.trunk.name == "none" and (self.global_path or self.regions.source == "pyramid"):
             raise DualmatchError("without a trunk only the regional path with precomputed regions is possible.")
+        if self.trunk.name != "none" and not self.global_path and self.regions.source == "precomputed":
+            raise DualmatchError(
+                f"no path reads the maps of trunk {self.trunk.name!r}: with precomputed regions alone, set trunk.name = \"none\"."
+            )

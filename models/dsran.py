@@ -8,6 +8,8 @@ Shape suffixes: B batch, N nodes, D embedding width, T tokens, C channels.
 import torch
 from torch import Tensor, nn
 
+from dualmatch.runtime.errors import DualmatchError
+
 from .config import DsranConfig, RegionConfig
 from .graph_attention import GatedFusion, GraphAttention
 from .pooling import box_geometry, box_pooling_weights, grid_boxes, l2_normalise, mean_over_nodes, pyramid_boxes
@@ -53,11 +55,17 @@ class GridNodes(nn.Module):
 
     def __init__(self, config: DsranConfig) -> None:
         super().__init__()
-        size = map_size(config.trunk, "final")
-        pooled = config.trunk.grid_size not in (0, size)
-        weights = box_pooling_weights(grid_boxes(config.trunk.grid_size), size, size) if pooled else None
+        size, pooled_size = map_size(config.trunk, "final"), config.trunk.grid_size
+        if pooled_size > size:
+            raise DualmatchError(
+                f"grid_size is {pooled_size}, but the {config.trunk.name} trunk's final map has only {size} x {size} cells "
+                f"at {config.trunk.image_size} pixels."
+            )
+        weights = (
+            box_pooling_weights(grid_boxes(pooled_size), size, size) if pooled_size not in (0, size) else None
+        )
         self.register_buffer("pooling_weights", weights, persistent=False)
-        self.project = Projection(CHANNELS[config.trunk.name]["final"], config)
+        self.project = Projection(config.trunk.feature_dim or CHANNELS[config.trunk.name]["final"], config)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         cells_BNC = map_BCHW.flatten(2).transpose(1, 2)

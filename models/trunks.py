@@ -106,6 +106,20 @@ def transformers_from_torchvision(name: str) -> str:
     return name
 
 
+def torchvision_from_transformers(name: str) -> str:
+    """The inverse of `transformers_from_torchvision`."""
+    kind = {"convolution": "conv", "normalization": "bn"}
+    if match := re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
+        return f"{kind[match[1]]}1.{match[2]}"
+    if match := re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.(convolution|normalization)\.(\w+)", name):
+        part = int(match[3] == "normalization")
+        return f"layer{int(match[1]) + 1}.{match[2]}.downsample.{part}.{match[4]}"
+    layer = r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.(convolution|normalization)\.(\w+)"
+    if match := re.fullmatch(layer, name):
+        return f"layer{int(match[1]) + 1}.{match[2]}.{kind[match[4]]}{int(match[3]) + 1}.{match[5]}"
+    return name
+
+
 def build_trunk(config: TrunkConfig, *, weights: Path | None = None, pretrained: bool = True) -> nn.Module:
     """The trunk that `config` names.
 

@@ -1,5 +1,6 @@
 """Photographs to the arrays that the image encoder takes: Pillow and NumPy only, the same code for training and serving."""
 
+import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -92,7 +93,7 @@ def open_rgb(image: ImageLike) -> Image.Image:
         raise DualmatchError(f"{name} is not an image that Pillow can read.") from None
     except Image.DecompressionBombError as error:
         raise DualmatchError(f"{name} is refused: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, DualmatchError):
             raise
         raise DualmatchError(f"{name} cannot be decoded: {error}.") from None

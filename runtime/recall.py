@@ -137,7 +137,7 @@ def evaluate(
     Raises:
         DualmatchError: NaN in the similarity, an image without a caption, sizes that do not fit, or candidates of another similarity.
     """
-    num_images, num_captions = _shape(similarity)
+    num_images, num_captions = shape_of(similarity)
     image_of = _caption_image(num_images, num_captions, caption_image, captions_per_image)
     if folds < 1 or num_images % folds:
         raise DualmatchError(
@@ -231,6 +231,19 @@ def rows(similarity: Matrix) -> Iterator[tuple[int, NDArray[np.float32]]]:
             yield index, row
 
 
+def shape_of(similarity: Matrix) -> tuple[int, int]:
+    """Its numbers of images and captions.
+
+    Raises:
+        DualmatchError: it is not a matrix of real numbers.
+    """
+    if similarity.ndim != 2 or not similarity.size or similarity.dtype.kind not in "fiu":
+        raise DualmatchError(
+            f"a similarity matrix of numbers, images by captions, is needed; found {similarity.dtype} of shape {similarity.shape}."
+        )
+    return similarity.shape[0], similarity.shape[1]
+
+
 def nan_error(row: int, column: int) -> DualmatchError:
     """The error for a similarity that cannot be ranked."""
     return DualmatchError(f"the similarity of row {row} and column {column} is NaN; encode again and find out why.")
@@ -290,14 +303,6 @@ class _OwnImage:
         return ranks
 
 
-def _shape(similarity: Matrix) -> tuple[int, int]:
-    if similarity.ndim != 2 or not similarity.size or similarity.dtype.kind not in "fiu":
-        raise DualmatchError(
-            f"a similarity matrix of numbers, images by captions, is needed; found {similarity.dtype} of shape {similarity.shape}."
-        )
-    return similarity.shape[0], similarity.shape[1]
-
-
 def _caption_image(num_images: int, num_captions: int, given: ArrayLike | None, captions_per_image: int) -> Ranks:
     if given is None:
         if num_captions != num_images * captions_per_image:
@@ -325,7 +330,7 @@ def _caption_image(num_images: int, num_captions: int, given: ArrayLike | None, 
 
 
 def _checked_pair(similarity: Matrix, caption_image: ArrayLike) -> tuple[int, Ranks]:
-    num_images, num_captions = _shape(similarity)
+    num_images, num_captions = shape_of(similarity)
     return num_images, _caption_image(num_images, num_captions, caption_image, 0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DualmatchError
-from .recall import Matrix, Ranks, nan_error, rows
+from .recall import Matrix, Ranks, nan_error, rows, shape_of
 
 _COLUMNS_PER_TILE, _ROWS_PER_TILE = 64, 512
 _GROUPS = 250
@@ -30,7 +30,7 @@ def i2t(similarity: Matrix, k1: int = 15) -> Ranks:
         k1: how many candidates to re-rank; the papers use 15.
 
     Raises:
-        DualmatchError: NaN in the similarity, or k1 outside 1 … captions.
+        DualmatchError: no matrix of numbers, NaN in it, or k1 outside 1 … captions.
     """
     return _rerank(*i2t_addresses(similarity, k1))
 
@@ -52,13 +52,13 @@ def t2i_through_neighbours(similarity: Matrix, caption_similarity: Matrix, k1: i
     Raises:
         DualmatchError: NaN, k1 outside 1 … images, k2 outside 1 … captions, or sizes that do not fit.
     """
-    num_captions = similarity.shape[1]
+    _, num_captions = shape_of(similarity)
     if caption_similarity.shape != (num_captions, num_captions):
         raise DualmatchError(
             f"the similarity has {num_captions} captions, so the captions' own must be {(num_captions, num_captions)}, "
             f"got {caption_similarity.shape}."
         )
-    neighbours_QN = _best(rows(caption_similarity), caption_similarity.shape, k2, "captions")
+    neighbours_QN = best_captions(caption_similarity, k2)
     candidates_QK = best_images(similarity, k1)
     addresses_QNK = _positions(
         rows(similarity),
@@ -82,12 +82,12 @@ def t2i_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
 
 def best_captions(similarity: Matrix, k: int) -> Ranks:
     """The k best captions of every image, int64 (images, k), in the order of similarity; raises as `i2t`."""
-    return _best(rows(similarity), similarity.shape, k, "captions")
+    return _best(rows(similarity), *shape_of(similarity), k, "captions")
 
 
 def best_images(similarity: Matrix, k: int) -> Ranks:
     """The k best images of every caption, int64 (captions, k), in the order of similarity; raises as `i2t`."""
-    return _best(columns(similarity), similarity.shape[::-1], k, "images")
+    return _best(columns(similarity), *shape_of(similarity)[::-1], k, "images")
 
 
 def columns(similarity: Matrix) -> Iterator[tuple[int, Line]]:
@@ -108,15 +108,14 @@ def columns(similarity: Matrix) -> Iterator[tuple[int, Line]]:
             yield index, column
 
 
-def _best(lines: Iterator[tuple[int, Line]], shape: tuple[int, ...], k: int, items: str) -> Ranks:
-    num_queries, num_items = shape
+def _best(lines: Iterator[tuple[int, Line]], num_queries: int, num_items: int, k: int, items: str) -> Ranks:
     if not 1 <= k <= num_items:
         raise DualmatchError(
             f"{k} candidates were asked for and there are {num_items} {items}; choose 1 to {num_items}."
         )
     best_QK = np.empty((num_queries, k), np.int64)
     for query, line in lines:
-        # k items in different groups reach the k-th largest of the groups' maxima: the best k are among those that reach it.
+        # The k largest maxima of disjoint groups are k items, so the best k all reach the least of these maxima.
         if k <= _GROUPS < num_items:
             maxima = line[: num_items // _GROUPS * _GROUPS].reshape(-1, _GROUPS).max(axis=0)
             maxima.partition(_GROUPS - k)
@@ -138,9 +137,8 @@ def _positions(lines: Iterator[tuple[int, Line]], line_of: Ranks, item_of: Ranks
     last_line = line_of.flat[by_line[-1]]
     bounds = np.searchsorted(line_of.ravel()[by_line], np.arange(last_line + 2)).tolist()
     positions = np.empty(len(items), np.int64)
-    for (_, line), (start, stop) in zip(
-        lines, pairwise(bounds), strict=False
-    ):  # lines beyond the last are not asked for
+    # Not strict: nothing is asked of the lines beyond the last.
+    for (_, line), (start, stop) in zip(lines, pairwise(bounds), strict=False):
         if start < stop:
             pairs = by_line[start:stop]
             positions[pairs] = _positions_in(line, items[pairs])

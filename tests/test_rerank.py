@@ -152,3 +152,10 @@ def test_nan_is_named_where_it_is(way):
     similarity[66, 131] = np.nan
     with pytest.raises(DualmatchError, match="row 66 and column 131 is NaN"):
         way(similarity, 5)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(5, np.float32), np.zeros((0, 4), np.float32), np.zeros((3, 3), bool)])
+@pytest.mark.parametrize("way", [rerank.i2t, rerank.t2i])
+def test_what_is_no_matrix(way, wrong):
+    with pytest.raises(DualmatchError, match="images by captions"):
+        way(wrong, 1)

@@ -1,0 +1,54 @@
+"""`bench latency` of a bundle: both encoders at the asked batch sizes, through the runtime's own sessions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dualmatch.runtime.backends import open_session
+from dualmatch.runtime.bundle import load_bundle
+from dualmatch.runtime.tokenizer import CaptionTokenizer
+
+from .environment import environment
+from .latency import CaseResult, LatencyReport, measure_session, random_feeds
+from .measure import Plan
+
+
+def bench_latency(
+    path: Path,
+    *,
+    backend: str = "onnxruntime",
+    threads: int = 0,
+    batches: Sequence[int] = (1, 8, 32),
+    length: int = 16,
+    plan: Plan | None = None,
+) -> LatencyReport:
+    """Measure both encoders of a bundle.
+
+    Args:
+        batches: batch sizes.
+        length: tokens of every caption.
+        plan: how long and how exactly to measure each case.
+    """
+    bundle = load_bundle(path)
+    plan = plan or Plan()
+    vocabulary_size = CaptionTokenizer(bundle.file("tokenizer.json"), bundle.manifest.tokenizer).vocabulary_size
+    length = bundle.manifest.tokenizer.fixed_length or length
+    cases: list[CaseResult] = []
+    for name, entry in bundle.manifest.encoders.items():
+        cases += measure_session(
+            lambda entry=entry: open_session(path / entry.file, backend=backend, threads=threads),  # type: ignore[misc]
+            lambda batch, entry=entry: random_feeds(
+                entry.inputs, batch=batch, length=length, vocabulary_size=vocabulary_size
+            ),  # type: ignore[misc]
+            encoder=name,
+            batches=batches,
+            plan=plan,
+        )
+    subject = {
+        "bundle": str(path),
+        "bundle_hash": bundle.hash,
+        "precision": {name: entry.precision for name, entry in bundle.manifest.encoders.items()},
+        "backend": backend,
+        "threads": threads,
+        "caption_length": length,
+    }
+    return LatencyReport(environment=environment(), cases=cases, plan=plan, subject=subject)

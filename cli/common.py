@@ -1,0 +1,114 @@
+"""Options that mean the same everywhere, progress, and printing."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+existing = click.Path(path_type=Path)
+data_option = click.option("--data", required=True, metavar="DATA", help="A data set's folder, or `scenes`.")
+split_option = click.option(
+    "--split", default="test", show_default=True, help="Splits joined into one set, separated by commas."
+)
+backend_option = click.option(
+    "--backend", default="onnxruntime", show_default=True, help="onnxruntime or onnxruntime-cuda."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Threads of the backend; 0 leaves it to the backend."
+)
+batch_size_option = click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+regions_option = click.option(
+    "--regions", type=existing, help="Region file, for networks that take precomputed regions."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def backend_options(command: F) -> F:
+    """`--backend` and `--threads`."""
+    return backend_option(threads_option(command))
+
+
+def print_json(values: Any) -> None:
+    """JSON on standard output."""
+    click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def region_file(path: Path | None) -> Any:
+    """The opened region file, or None."""
+    if path is None:
+        return None
+    from dualmatch.runtime.regions import RegionFile
+
+    return RegionFile(path)
+
+
+def splits(text: str) -> list[str]:
+    """`val,test` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@contextmanager
+def progress_reports() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, of) that draws bars on a terminal and prints a line now and then elsewhere; `of` 0 is a message."""
+    if not sys.stderr.isatty():
+        yield _LineReports()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if total == 0:
+                bars.console.print(what, highlight=False)
+                return
+            for other in [name for name in tasks if name != what]:
+                bars.remove_task(tasks.pop(other))
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
+
+
+class _LineReports:
+    """At most a line every ten seconds for a piece of work, so that a log stays readable."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if total == 0:
+            click.echo(what, err=True)
+        elif time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            click.echo(f"{what}: {done} of {total}", err=True)
+
+
+def recall_lines(recall: Any) -> str:
+    """Recall both ways with its protocol, for people."""
+    rows = []
+    for name, metrics in (("image to text", recall.i2t), ("text to image", recall.t2i)):
+        rows.append(
+            f"{name}   R@1 {metrics.r1:5.1f}   R@5 {metrics.r5:5.1f}   R@10 {metrics.r10:5.1f}   "
+            f"median rank {metrics.median:g}   mean rank {metrics.mean:.1f}"
+        )
+    return "\n".join([*rows, f"Rsum {recall.rsum:.1f}   ({recall.protocol})"])
+
+
+def default_cache() -> Path:
+    """Where features of frozen networks are kept between runs: $DUALMATCH_CACHE, or dualmatch in the user's cache folder."""
+    import os
+
+    if given := os.environ.get("DUALMATCH_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualmatch"

@@ -1,0 +1,113 @@
+"""`dualmatch`: the entry point and the table of commands."""
+
+import sys
+from importlib import import_module
+
+import click
+
+from dualmatch.runtime.errors import DualmatchError
+
+# name: (module, one line of help). The help stands here so that listing commands imports none of them.
+Table = dict[str, tuple[str, str]]
+
+RUNTIME: Table = {
+    "encode-gallery": ("encode_gallery", "Encode photographs into a gallery that can be searched."),
+    "encode-captions": ("encode_captions", "Encode captions into a gallery that can be searched."),
+    "search": ("search", "Find the photographs or captions nearest to a text or a photograph."),
+    "similarity": ("similarity", "Similarity matrix of an image gallery and a caption gallery."),
+    "rerank": ("rerank", "Re-rank the best candidates of a similarity matrix."),
+    "evaluate": ("evaluate", "Recall of a bundle on a data set."),
+    "verify": ("verify", "Does a bundle retrieve here as it did in torch?"),
+}
+BENCH: Table = {"latency": ("bench_latency", "Latency of both encoders: load, first run and steady state apart.")}
+GALLERY: Table = {"check": ("gallery_check", "Verify every hash and count of a gallery.")}
+DATA: Table = {"pool-regions": ("data_pool_regions", "Pool region features for given boxes into a region file.")}
+COMMANDS: Table = {
+    "demo": ("demo", "The whole way on embedded data: train, export, encode, search, verify, bench."),
+    "train": ("train", "Train a recipe on a data set."),
+    "evaluate-checkpoint": (
+        "evaluate_checkpoint",
+        "Recall of a trained run in torch, the reference for everything else.",
+    ),
+    "export": ("export", "Export a trained run as a bundle of two ONNX graphs, if recall survives."),
+    "compile": ("compile", "Compile a bundle's graphs to TensorRT engines."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules of this folder and are imported when they are called."""
+
+    def __init__(self, name: str, table: Table, **attributes: str) -> None:
+        super().__init__(name, help=attributes.get("help"), no_args_is_help=True)
+        self.table = table
+        self.context_settings = {"help_option_names": ["-h", "--help"]}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.table, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.table:
+            return super().get_command(ctx, cmd_name)
+        command = import_module(f"dualmatch.cli.{self.table[cmd_name][0]}").command
+        assert isinstance(command, click.Command)
+        command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  (click's signature)
+        rows = [(name, line) for name, (_, line) in self.table.items()]
+        rows += [(name, command.get_short_help_str(limit=80)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+cli = LazyGroup(
+    "dualmatch",
+    COMMANDS,
+    help="Image-text retrieval networks from paper to production, with proof that recall survived.",
+)
+cli.add_command(
+    LazyGroup("runtime", RUNTIME, help="Serve a bundle: encode, search, rank, evaluate, verify. Needs no torch.")
+)
+cli.add_command(LazyGroup("bench", BENCH, help="Measure."))
+cli.add_command(LazyGroup("gallery", GALLERY, help="Look after galleries."))
+cli.add_command(LazyGroup("data", DATA, help="Look after data sets."))
+cli = click.version_option(package_name="dualmatch")(cli)
+
+_EXTRA_OF = {
+    "torch": "train", "transformers": "train", "safetensors": "train", "onnx": "export", "onnxscript": "export",
+    "onnxruntime": "cpu", "psutil": "bench", "tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the command line: exit 0 on success, 2 on wrong usage, 1 with one sentence on anything else that a user can cause."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped.", 130)
+    except DualmatchError as error:
+        _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_OF:
+            raise
+        _fail(
+            f"this command needs {package}, which is not installed: pip install 'dualmatch[{_EXTRA_OF[package]}]'.", 1
+        )
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        if error.strerror is None or error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"dualmatch: {message}", err=True)
+    sys.exit(code)

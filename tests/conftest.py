@@ -1,0 +1,59 @@
+"""Fixtures shared by several files: the tiny networks' ONNX graphs, each exported once in a session."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tiny encoder in evaluation mode and its float32 graph."""
+
+    encoder: Any
+    path: Path
+    model: Any
+
+    @property
+    def is_text(self) -> bool:
+        return not hasattr(self.encoder, "input_names")
+
+    def feeds(self, batch: int, length: int = 7, seed: int = 1) -> dict[str, Any]:
+        """Random inputs as NumPy arrays; `length` is a text encoder's."""
+        from .tiny_models import captions, images
+
+        tensors = {"token_ids": captions(batch, length, seed)} if self.is_text else images(self.encoder, batch, seed)
+        return {name: value.numpy() for name, value in tensors.items()}
+
+    def shapes(self) -> list[dict[str, Any]]:
+        """Inputs of batches 1, 2, 7 and, for text, of lengths off the traced one."""
+        lengths = (1, 2, 5, 17, 40) if self.is_text else (0,)
+        return [self.feeds(batch, length, seed=batch + length) for batch in (1, 2, 7) for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Exported]":
+    """`exported(name)`: the graph of `tiny_models.EXPORTED[name]`."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from dualmatch.export.graph import export_encoder
+
+    from .tiny_models import EXPORTED, captions, image_encoder, images, text_encoder
+
+    folder = tmp_path_factory.mktemp("graphs")
+    torch.set_num_threads(1)
+
+    @cache
+    def export(name: str) -> Exported:
+        config = EXPORTED[name]
+        encoder = text_encoder(config) if name.startswith("text") else image_encoder(config)
+        example = {"token_ids": captions(3, 7)} if name.startswith("text") else images(encoder, 2)
+        path = folder / f"{name}.onnx"
+        return Exported(encoder, path, export_encoder(encoder, example, path, output="embedding"))
+
+    return export

@@ -1,0 +1,64 @@
+"""Recall of a trained run in torch: the reference for every exported form of it."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dualmatch.runtime import rerank
+from dualmatch.runtime.datasets import Dataset
+from dualmatch.runtime.recall import Recall, evaluate
+from dualmatch.runtime.regions import RegionFile
+
+from .checkpoint import Run, load_run
+from .encode import encode_captions, encode_images
+from .features import Progress, no_progress
+
+
+def regions_of(run: Run, given: RegionFile | None) -> RegionFile | None:
+    """The region file given, else the one that the run was trained with."""
+    trained_with = run.recipe.data.regions
+    return given or (RegionFile(Path(trained_with)) if trained_with else None)
+
+
+def evaluate_run(
+    folder: Path,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    regions: RegionFile | None = None,
+    rerank_k1: int | None = None,
+    save_embeddings: Path | None = None,
+    progress: Progress = no_progress,
+) -> Recall:
+    """Encode `dataset` with the run's best epoch, float32, from pixels, every image once; all images ranked together.
+
+    Args:
+        rerank_k1: re-rank image-to-text with so many candidates.
+        save_embeddings: an `.npz` to write `images`, `captions`, `image_ids` and `caption_image` to.
+    """
+    run = load_run(folder)
+    images = encode_images(
+        run.model,
+        run.preprocess,
+        dataset.items,
+        regions=regions_of(run, regions),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    captions = encode_captions(run.model, run.tokenizer, dataset.captions, progress=progress)
+    if save_embeddings is not None:
+        with save_embeddings.open("wb") as file:
+            np.savez(
+                file,
+                images=images,
+                captions=captions,
+                image_ids=np.array([item.id for item in dataset.items]),
+                caption_image=np.asarray(dataset.caption_image),
+            )
+    return evaluate(
+        images @ captions.T,
+        caption_image=dataset.caption_image,
+        i2t=partial(rerank.i2t, k1=rerank_k1) if rerank_k1 else None,
+        split=", ".join(dataset.splits),
+    )

@@ -1,0 +1,88 @@
+"""Region features pooled from a frozen trunk's map for boxes that a detector found."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dualmatch.models.config import TrunkConfig
+from dualmatch.models.pooling import box_geometry, box_pooling_weights
+from dualmatch.models.trunks import build_trunk, preprocess_of
+from dualmatch.runtime.datasets import Dataset
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import refuse_existing
+from dualmatch.runtime.preprocess import open_rgb
+
+from .features import Progress, no_progress
+
+
+def pool_regions(
+    dataset: Dataset,
+    boxes: Path,
+    out: Path,
+    *,
+    trunk: str,
+    trunk_weights: Path | None = None,
+    image_size: int = 320,
+    batch_size: int = 16,
+    progress: Progress = no_progress,
+) -> tuple[int, int, int]:
+    """Write a region file (see `runtime.regions`) with a feature and a geometry for every box.
+
+    Photographs are squashed to a square, so that boxes in fractions of the sides stay where they are. Features are float16.
+
+    Args:
+        boxes: an `.npz` with `filenames` and `boxes` (n, regions, 4), x1 y1 x2 y2 in pixels of the stored photograph.
+
+    Returns:
+        (images, regions, channels).
+
+    Raises:
+        DualmatchError: `out` exists, the boxes cannot be read, or a photograph has none.
+    """
+    refuse_existing(out, "the region file")
+    row_of, pixel_boxes = _read_boxes(boxes)
+    if missing := [item.id for item in dataset.items if item.id not in row_of]:
+        raise DualmatchError(
+            f"{boxes} has no boxes for {len(missing)} of {len(dataset.items)} photographs, the first {missing[0]!r}."
+        )
+    config = TrunkConfig(name=trunk, image_size=image_size, frozen=True)  # type: ignore[arg-type]
+    network = build_trunk(config, weights=trunk_weights).eval()
+    preprocess = preprocess_of(config, "squash")
+    features, positions = [], []
+    for start in range(0, len(dataset.items), batch_size):
+        items = dataset.items[start : start + batch_size]
+        photographs = [open_rgb(item.read_bytes()) for item in items]
+        pixels = torch.from_numpy(np.stack([preprocess(photograph) for photograph in photographs]))
+        with torch.inference_mode():
+            maps = network(pixels)["final"]
+        for item, photograph, one in zip(items, photographs, maps, strict=True):
+            sides = torch.tensor([photograph.width, photograph.height] * 2, dtype=torch.float32)
+            fractions = (torch.from_numpy(pixel_boxes[row_of[item.id]]).float() / sides).clamp(0, 1)
+            weights = box_pooling_weights(fractions, one.shape[1], one.shape[2])
+            features.append((weights @ one.flatten(1).T).half().numpy())
+            positions.append(box_geometry(fractions).numpy())
+        progress("pooling regions", start + len(items), len(dataset.items))
+    part = out.with_name(f".{out.name}.part")
+    with part.open("wb") as file:
+        names = np.array([item.id for item in dataset.items])
+        np.savez(file, filenames=names, features=np.stack(features), positions=np.stack(positions))
+    part.replace(out)
+    return len(features), features[0].shape[0], features[0].shape[1]
+
+
+def _read_boxes(path: Path) -> tuple[dict[str, int], np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names, boxes = arrays["filenames"], arrays["boxes"]
+    except FileNotFoundError:
+        raise DualmatchError(f"there is no box file {path}.") from None
+    except KeyError as error:
+        raise DualmatchError(f"the box file {path} lacks the array {error}.") from None
+    except (OSError, ValueError) as error:
+        raise DualmatchError(f"the box file {path} cannot be read: {error}.") from None
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or len(names) != len(boxes):
+        raise DualmatchError(
+            f"{path} must hold boxes (images, regions, 4) for each filename, it has {list(boxes.shape)} for {len(names)}."
+        )
+    return {str(name): row for row, name in enumerate(names)}, boxes
