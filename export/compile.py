@@ -57,9 +57,7 @@ def compile_bundle(
                 inputs=entry.inputs,
                 profiles=chosen,
                 workspace_bytes=workspace_bytes,
-                progress=None
-                if progress is None
-                else lambda phase, done, of, name=name: progress(f"{name} encoder: {phase}", done, of),
+                progress=_named(progress, name),
             )
             records.append(replace(record, file=f"engines/{record.file}"))
         for record in records:

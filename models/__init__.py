@@ -4,7 +4,17 @@ Imports torch and transformers; imported by `training` and `export`, never by `r
 Start with `dsran.py`, which uses everything else here.
 """
 
+from .authors import from_authors
 from .config import DsranConfig, RegionConfig, TextConfig, TrunkConfig
 from .dsran import DSRAN, ImageEncoder, TextEncoder
 
-__all__ = ["DSRAN", "DsranConfig", "ImageEncoder", "RegionConfig", "TextConfig", "TextEncoder", "TrunkConfig"]
+__all__ = [
+    "DSRAN",
+    "DsranConfig",
+    "ImageEncoder",
+    "RegionConfig",
+    "TextConfig",
+    "TextEncoder",
+    "TrunkConfig",
+    "from_authors",
+]

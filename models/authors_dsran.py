@@ -217,7 +217,9 @@ def config_from_authors(
         encoder="bert",
         vocabulary_size=vocabulary_size,
         word_dim=word_dim,
-        num_layers=len({match[1] for name in state if (match := re.match(r"txt_enc\.bert\.encoder\.layer\.(\d+)\.", name))}),
+        num_layers=len(
+            {match[1] for name in state if (match := re.match(r"txt_enc\.bert\.encoder\.layer\.(\d+)\.", name))}
+        ),
         num_heads=num_heads,
         intermediate_dim=shape(f"{_BERT}encoder.layer.0.intermediate.dense.weight")[0],
         max_positions=shape(f"{_BERT}embeddings.position_embeddings.weight")[0],

@@ -156,7 +156,9 @@ class DsranConfig:
         projection: what follows the projection into the shared space: nothing (authors' GRU variant) or ReLU and dropout (their BERT variant).
         norm: what stands in a graph attention layer: BatchNorm over nodes (paper and code) or LayerNorm.
         zero_residual: the two residual branches of each graph attention layer start at zero.
-        input_dropout: dropout on grid, region and token features before their projections.
+        input_dropout: dropout on grid and region features before their projections.
+        token_dropout: dropout on a BERT's token features before their projection.
+        channel_dropout: those two drop a channel in all nodes of an item at once, so that the mean over nodes cannot average it back.
         projection_dropout, attention_dropout, residual_dropout: the authors' 0.1, 0.2, 0.2.
         l2_epsilon: least norm when embeddings are normalised (authors: 1e-12 in the GRU variant, 0 in the BERT variant).
         pad_policy: `authors` counts padding as nodes, as their code does; `masked` skips it everywhere.
@@ -177,6 +179,8 @@ class DsranConfig:
     norm: Literal["batch", "layer"] = "batch"
     zero_residual: bool = False
     input_dropout: float = 0.0
+    token_dropout: float = 0.0
+    channel_dropout: bool = False
     projection_dropout: float = 0.1
     attention_dropout: float = 0.2
     residual_dropout: float = 0.2
@@ -185,7 +189,7 @@ class DsranConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("input_dropout", "projection_dropout", "attention_dropout", "residual_dropout"):
+        for name in ("input_dropout", "token_dropout", "projection_dropout", "attention_dropout", "residual_dropout"):
             check_range(name, getattr(self, name), 0.0, 0.95)
         if self.l2_epsilon:  # its square must still be a float32 number
             check_range("l2_epsilon", self.l2_epsilon, 1e-18, 1.0)
@@ -199,5 +203,5 @@ class DsranConfig:
             raise DualmatchError("without a trunk only the regional path with precomputed regions is possible.")
         if self.trunk.name != "none" and not self.global_path and self.regions.source == "precomputed":
             raise DualmatchError(
-                f"no path reads the maps of trunk {self.trunk.name!r}: with precomputed regions alone, set trunk.name = \"none\"."
+                f'no path reads the maps of trunk {self.trunk.name!r}: with precomputed regions alone, set trunk.name = "none".'
             )

@@ -28,12 +28,27 @@ def _graph(config: DsranConfig) -> GraphAttention:
     )
 
 
+class ChannelDropout(nn.Module):
+    """Dropout that drops a channel in all nodes of an item at once (spatial dropout; Tompson et al., 2015)."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, features_BNC: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return features_BNC
+        return features_BNC * torch.dropout(
+            features_BNC.new_ones(features_BNC.shape[0], 1, features_BNC.shape[2]), self.share, train=True
+        )
+
+
 class Projection(nn.Module):
     """Dropout, Linear into the shared space, and for `relu` an activation and dropout (eq 1; the authors' BERT variant adds the ReLU)."""
 
-    def __init__(self, input_dim: int, config: DsranConfig) -> None:
+    def __init__(self, input_dim: int, config: DsranConfig, *, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(config.input_dropout)
+        self.dropout: nn.Module = ChannelDropout(dropout) if config.channel_dropout else nn.Dropout(dropout)
         self.linear = nn.Linear(input_dim, config.embed_dim)
         self.after: nn.Module = (
             nn.Sequential(nn.ReLU(), nn.Dropout(config.projection_dropout))
@@ -61,11 +76,11 @@ class GridNodes(nn.Module):
                 f"grid_size is {pooled_size}, but the {config.trunk.name} trunk's final map has only {size} x {size} cells "
                 f"at {config.trunk.image_size} pixels."
             )
-        weights = (
-            box_pooling_weights(grid_boxes(pooled_size), size, size) if pooled_size not in (0, size) else None
-        )
+        weights = box_pooling_weights(grid_boxes(pooled_size), size, size) if pooled_size not in (0, size) else None
         self.register_buffer("pooling_weights", weights, persistent=False)
-        self.project = Projection(config.trunk.feature_dim or CHANNELS[config.trunk.name]["final"], config)
+        self.project = Projection(
+            config.trunk.feature_dim or CHANNELS[config.trunk.name]["final"], config, dropout=config.input_dropout
+        )
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         cells_BNC = map_BCHW.flatten(2).transpose(1, 2)
@@ -87,7 +102,7 @@ class PyramidRegions(nn.Module):
         self.stage = config.regions.stage
         self.register_buffer("pooling_weights", box_pooling_weights(boxes, size, size), persistent=False)
         self.register_buffer("geometry", box_geometry(boxes), persistent=False)
-        self.project = Projection(CHANNELS[config.trunk.name][self.stage], config)
+        self.project = Projection(CHANNELS[config.trunk.name][self.stage], config, dropout=config.input_dropout)
         self.position = nn.Linear(6, config.embed_dim) if config.regions.position_dim else None
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
@@ -107,8 +122,8 @@ class PrecomputedRegions(nn.Module):
             if regions.hidden_layer
             else nn.Identity()
         )
-        self.project = Projection(regions.feature_dim, config)
-        self.position = Projection(regions.position_dim, config) if regions.position_dim else None
+        self.project = Projection(regions.feature_dim, config, dropout=config.input_dropout)
+        self.position = Projection(regions.position_dim, config, dropout=0.0) if regions.position_dim else None
 
     def forward(self, regions_BNC: Tensor, positions_BNP: Tensor | None) -> Tensor:
         nodes_BND: Tensor = self.project(self.hidden(regions_BNC))
@@ -222,7 +237,9 @@ class TextEncoder(nn.Module):
         self.words = build_words(config.text, embed_dim=config.embed_dim, attend_padding=config.pad_policy == "authors")
         # The authors' GRU variant has no projection (eq 18 has one): the GRU is as wide as the shared space.
         self.project: nn.Module = (
-            nn.Identity() if config.text.encoder == "gru" else Projection(self.words.width, config)
+            nn.Identity()
+            if config.text.encoder == "gru"
+            else Projection(self.words.width, config, dropout=config.token_dropout)
         )
         self.caption_graph = _graph(config) if config.caption_relations else None
 

@@ -71,10 +71,14 @@ class GraphAttention(nn.Module):
 
     def forward(self, nodes_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
         """Nodes (B, N, D) to nodes (B, N, D); where `mask_BN` is false, a node is seen by no other and enters no statistic."""
-        attended_BND = self.merge(self._attend(nodes_BND, mask_BN))
-        nodes_BND = self.norm_attention(nodes_BND + self.residual_dropout(attended_BND), mask_BN)
-        updated_BND = self.contract(torch.relu(self.expand(nodes_BND)))
-        return self.norm_output(nodes_BND + self.residual_dropout(updated_BND), mask_BN)
+        nodes_BND = self.norm_attention(nodes_BND + self._attended(nodes_BND, mask_BN), mask_BN)
+        return self.norm_output(nodes_BND + self._updated(nodes_BND), mask_BN)
+
+    def _attended(self, nodes_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+        return self.residual_dropout(self.merge(self._attend(nodes_BND, mask_BN)))
+
+    def _updated(self, nodes_BND: Tensor) -> Tensor:
+        return self.residual_dropout(self.contract(torch.relu(self.expand(nodes_BND))))
 
     def _attend(self, nodes_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
         query_BHNC = self._split_heads(self.query(nodes_BND))

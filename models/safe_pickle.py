@@ -1,66 +1,33 @@
-"""Reads other people's pickles without running them: PyTorch checkpoints of both file formats, and vocabulary pickles.
+"""Reads pickles without running them.
 
-A pickle is a program. This module reads its instructions one by one and answers the few that describe data; a class or function is
-only ever a name here, compared with a short list and never imported or called. What is on no list is refused by its name.
-`torch.load(weights_only=True)` is safe too, but it lets through some 140 names where seven do, sets memory aside before it knows that the
-file can fill it, does not read the strings of Python 2 that are longer than 255 bytes, and cannot read vocabularies.
+A pickle is a program. `interpret` takes its instructions one by one and answers the few that describe data; a class or function is only
+ever a name here, compared with a list and never imported or called. What is on no list is refused by its name.
+
+`torch.load(weights_only=True)` executes nothing either, but it lets 144 names through (torch 2.13) where a checkpoint needs seven, sets
+memory aside before it knows whether the file can fill it, refuses strings of Python 2 above 255 bytes, and cannot read a vocabulary.
 """
 
 import codecs
-import mmap
 import pickletools
+import struct
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from dualmatch.runtime.errors import DualmatchError
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PROTOCOL = 1001
-
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-}
-_LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-    *("STRING", "SHORT_BINSTRING", "BINSTRING"),
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARK = object()
+Builder = Callable[..., Any]
 
 
-class _Refused(Exception):  # noqa: N818  (becomes a DualmatchError that also names the file)
-    """What stands in the way, as the end of a sentence."""
+class RefusedError(Exception):
+    """What stands in the way of reading, worded to follow "cannot be read:"."""
 
 
-class _Name(NamedTuple):
-    """A class or function that the pickle names."""
+class Name(NamedTuple):
+    """A class or function that a pickle names."""
 
     module: str
     name: str
@@ -69,230 +36,248 @@ class _Name(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
-@dataclass
-class _Float64:
-    """NumPy's float64, as a pickle describes it: its byte order comes in a second instruction."""
+class Stream(Protocol):
+    """Bytes to read instructions from; it never returns more than it holds, whatever length is asked for."""
 
-    order: str = "<"
+    def read(self, size: int, /) -> bytes: ...
 
-
-@dataclass(frozen=True)
-class _Storage:
-    """The numbers that tensors are views of."""
-
-    flat: Tensor
+    def readline(self) -> bytes: ...
 
 
-_Builder = Callable[..., Any]
+def refuse(reason: str) -> NoReturn:
+    """Stop reading."""
+    raise RefusedError(reason)
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise _Refused(reason)
+# What a malformed program or archive runs into: an empty stack, an unknown memo, arguments and offsets that do not fit.
+_MISREAD = (
+    *(LookupError, ValueError, TypeError, ArithmeticError, EOFError, AttributeError, RuntimeError, OSError),
+    struct.error,
+)
 
 
-def _instructions(stream: Any) -> Iterator[tuple[str, Any]]:
-    """Opcode names and arguments, up to and with STOP."""
-    while True:
-        code = stream.read(1)
-        if not code:
-            _refuse("it is cut off")
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Within it, whatever is wrong with a file's contents becomes one sentence.
+
+    Raises:
+        DualmatchError: there is no such file, or its contents were refused or make no sense.
+    """
+    if not path.is_file():
+        raise DualmatchError(f"there is no {kind} {path}.")
+    try:
+        yield
+    except (RefusedError, zipfile.BadZipFile) as error:
+        raise DualmatchError(f"the {kind} {path} cannot be read: {error}.") from None
+    except _MISREAD as error:
+        reason = str(error).partition("\n")[0]
+        raise DualmatchError(
+            f"the {kind} {path} cannot be read: it is damaged ({type(error).__name__}: {reason})."
+        ) from None
+
+
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("STRING", "SHORT_BINSTRING", "BINSTRING"),
+}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _instructions(stream: Stream) -> Iterator[tuple[str, Any]]:
+    """Names of opcodes and their arguments, up to and with STOP."""
+    while code := stream.read(1):
         opcode = _OPCODES.get(code)
         if opcode is None:
-            _refuse(f"byte {code!r} is no pickle instruction")
-        if opcode.name == "STRING":  # Python 2's str, by its repr; pickletools would insist on ASCII
-            line = pickletools.read_stringnl(stream, decode=False)
-            argument: Any = codecs.escape_decode(line)[0].decode("latin-1")  # type: ignore[attr-defined]
+            refuse(f"byte {code!r} is no pickle instruction")
+        if opcode.name == "STRING":  # Python 2's str, written as its repr; pickletools would insist on ASCII
+            line = pickletools.read_stringnl(stream, decode=False)  # type: ignore[arg-type]
+            yield opcode.name, codecs.escape_decode(line)[0].decode("latin-1")
         else:
-            argument = opcode.arg.reader(stream) if opcode.arg else None
-        yield opcode.name, argument
+            yield opcode.name, opcode.arg.reader(stream) if opcode.arg else None  # type: ignore[arg-type]
         if opcode.name == "STOP":
             return
+    refuse("it is cut off")
 
 
-def _interpret(stream: Any, builders: Mapping[str, _Builder], storage: Callable[[Any], _Storage] | None = None) -> Any:
-    """The object that a pickle describes.
+def interpret(stream: Stream, builders: Mapping[str, Builder], storage: Builder | None = None) -> Any:
+    """The object that a pickle describes, from any Python's protocol.
 
     Args:
-        stream: has read, readline.
-        builders: what stands for each permitted name: a function of the arguments that the pickle calls it with.
-        storage: a storage from its description, in PyTorch's files.
+        stream: stands behind the pickle's end afterwards.
+        builders: for each permitted name, a function of the arguments that the pickle calls it with.
+        storage: turns the description of a tensor's storage into what the builders take for one; None: the pickle may hold none.
+
+    Raises:
+        RefusedError: it holds more than data, or a name that is not permitted.
     """
     stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under each open mark
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
-        start = len(stack) - 1 - stack[::-1].index(_MARK)
-        items = stack[start + 1 :]
-        del stack[start:]
+        nonlocal stack
+        items, stack = stack, below.pop()
         return items
-
-    def build(name: Any, arguments: Any) -> Any:
-        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-            _refuse("it calls something that is no name")
-        return builders[str(name)](*arguments)
 
     for opcode, argument in _instructions(stream):
         if opcode in _LITERALS:
             stack.append(argument)
         elif opcode in _CONSTANTS:
             stack.append(_CONSTANTS[opcode]())
-        elif opcode in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[argument] = stack[-1]
-        elif opcode == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
+        elif opcode in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if opcode == "MEMOIZE" else argument] = stack[-1]
         elif opcode in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[argument])
         elif opcode == "MARK":
-            stack.append(_MARK)
+            below.append(stack)
+            stack = []
         elif opcode in _TUPLES:
-            count = _TUPLES[opcode]
-            stack[-count:] = [tuple(stack[-count:])]
-        elif opcode in ("TUPLE", "LIST"):
+            stack[-_TUPLES[opcode] :] = [tuple(stack[-_TUPLES[opcode] :])]
+        elif opcode == "TUPLE":
             items = since_mark()
-            stack.append(tuple(items) if opcode == "TUPLE" else items)
+            stack.append(tuple(items))
+        elif opcode == "LIST":
+            items = since_mark()
+            stack.append(items)
+        elif opcode == "DICT":
+            items = since_mark()
+            stack.append({})
+            fill(stack[-1], items)
         elif opcode in ("APPEND", "APPENDS"):
             items = since_mark() if opcode == "APPENDS" else [stack.pop()]
             _expect(stack[-1], list).extend(items)
-        elif opcode in ("SETITEM", "SETITEMS", "DICT"):
-            items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else since_mark()
-            if opcode == "DICT":
-                stack.append({})
-            _fill(_expect(stack[-1], dict), items)
-        elif opcode in ("GLOBAL", "STACK_GLOBAL"):
-            module, name = argument.split(" ", 1) if opcode == "GLOBAL" else (stack.pop(-2), stack.pop())
-            found = _Name(module, name)
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = since_mark() if opcode == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            fill(_expect(stack[-1], dict), items)
+        elif opcode in ("GLOBAL", "STACK_GLOBAL", "INST"):
+            module, name = (stack.pop(-2), stack.pop()) if opcode == "STACK_GLOBAL" else argument.split(" ", 1)
+            found = Name(module, name)
             if str(found) not in builders:
-                _refuse(f"it names {found}, which is no plain data")
+                refuse(f"it names {found}, which is no plain data")
+            if opcode == "INST":
+                refuse(f"it makes a {found} in a way that plain data does not need")
             stack.append(found)
         elif opcode in ("REDUCE", "NEWOBJ"):
-            arguments = stack.pop()
-            stack.append(build(stack.pop(), arguments))
+            arguments = _expect(stack.pop(), tuple)
+            stack.append(builders[str(_expect(stack.pop(), Name))](*arguments))
         elif opcode == "BUILD":
             state = stack.pop()
             _set_state(stack[-1], state)
         elif opcode == "BINPERSID" and storage is not None:
-            stack.append(storage(stack.pop()))
+            stack.append(storage(*_expect(stack.pop(), tuple)))
         elif opcode == "STOP":
             return stack.pop()
         elif opcode not in ("PROTO", "FRAME"):
-            _refuse(f"it uses the pickle instruction {opcode}, which plain data does not need")
-    raise AssertionError("a pickle ends with STOP")
+            refuse(f"it uses the pickle instruction {opcode}, which plain data does not need")
+    raise AssertionError("instructions end with STOP")
+
+
+def fill(target: dict[Any, Any], items: list[Any]) -> None:
+    """Add keys and values, which alternate, to a dictionary."""
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        # A tuple can be nested so deep that hashing it crashes the interpreter.
+        if not isinstance(key, str | int | float):
+            refuse(f"it has a {type(key).__name__} as the key of a dictionary")
+        target[key] = value
 
 
 def _expect(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        _refuse(f"it fills a {type(value).__name__} as if it were a {kind.__name__}")
+        refuse(f"it uses a {type(value).__name__} where a {kind.__name__} belongs")
     return value
-
-
-def _fill(target: dict[Any, Any], items: list[Any]) -> None:
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float):  # a tuple can be nested so deep that hashing it crashes the interpreter
-            _refuse(f"it has a {type(key).__name__} as the key of a dictionary")
-        target[key] = value
 
 
 def _set_state(target: Any, state: Any) -> None:
     """The instruction that gives an object its attributes."""
     if isinstance(target, Namespace):
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            _refuse("the attributes of a Namespace are no dictionary")
+        if not all(isinstance(name, str) for name in _expect(state, dict)):
+            refuse("an attribute's name is no string")
         vars(target).update(state)
-    elif isinstance(target, _Float64):
-        target.order = state[1]
-    elif not isinstance(target, dict):  # an OrderedDict's attributes: PyTorch's module versions, which mean nothing here
-        _refuse(f"it gives attributes to a {type(target).__name__}")
+    elif isinstance(target, Float64):
+        target.byte_order = _expect(state, tuple)[1]
+    # An OrderedDict's attributes are PyTorch's module versions: nothing that is read here depends on them.
+    elif not isinstance(target, dict):
+        refuse(f"it gives attributes to a {type(target).__name__}")
 
 
-# Builders: what stands for each permitted name.
+# Builders: what stands for the permitted names.
 
 
-def _namespace(*arguments: Any) -> Namespace:
-    if arguments:
-        _refuse("a Namespace is made with arguments")
-    return Namespace()
+class Float64:
+    """NumPy's type of a scalar; its byte order comes in an instruction of its own."""
 
-
-def _reconstructed(kind: Any, base: Any, state: Any) -> Namespace:
-    """How protocols 0 and 1 make an object: copyreg._reconstructor(class, object, None)."""
-    if not (isinstance(kind, _Name) and kind.name in ("Namespace", "Vocabulary") and isinstance(base, _Name)):
-        _refuse("an object is rebuilt from something that is no class")
-    if base.name != "object" or state is not None:
-        _refuse(f"{kind} is rebuilt from more than its attributes")
-    return Namespace()
-
-
-def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
-    built: dict[Any, Any] = {}
-    if arguments:  # Python 2 writes its items as one list of pairs
-        (pairs,) = arguments
-        _fill(built, [part for pair in pairs for part in _pair(pair)])
-    return built
-
-
-def _pair(pair: Any) -> Any:
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        _refuse("an OrderedDict's items are no pairs")
-    return pair
+    byte_order: Any = "<"
 
 
 def _encoded(text: str, encoding: str) -> bytes:
-    """Python 3's bytes under protocol 2."""
+    """Python 3's bytes in the protocol that Python 2 knew."""
     if encoding != "latin1":
-        _refuse(f"it encodes bytes as {encoding!r}")
+        refuse(f"it encodes bytes as {encoding!r}")
     return text.encode("latin-1")
 
 
-def _dtype(code: str, *_: Any) -> _Float64:
+def _dtype(code: str, *_: Any) -> Float64:
     if code != "f8":
-        _refuse(f"it holds a NumPy scalar of type {code!r}; only float64 is read")
-    return _Float64()
+        refuse(f"it holds a NumPy scalar of type {code!r}, where only float64 is known")
+    return Float64()
 
 
-def _scalar(dtype: Any, value: Any) -> float:
-    if not isinstance(dtype, _Float64) or dtype.order not in ("<", ">"):
-        _refuse("it holds a NumPy scalar that is no float64")
+def _scalar(dtype: Float64, value: str | bytes) -> float:
+    if not isinstance(dtype, Float64) or dtype.byte_order not in ("<", ">"):
+        refuse("it holds a NumPy scalar that is no float64")
     raw = value.encode("latin-1") if isinstance(value, str) else value
-    return float(np.frombuffer(raw, dtype=f"{dtype.order}f8", count=1)[0])
+    return float(struct.unpack(f"{dtype.byte_order}d", raw)[0])
 
 
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2 (gradients and hooks are left out)."""
-    if not isinstance(storage, _Storage):
-        _refuse("a tensor has no storage")
-    if not all(isinstance(number, int) and number >= 0 for number in (offset, *size, *stride)):
-        _refuse("a tensor's shape is no list of sizes")
-    flat = storage.flat
-    count = 1
-    for length in size:
-        count *= length
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    # Every element must be the file's own: a step of 0 could claim any size.
-    if count > len(flat) or (count and last >= len(flat)):
-        _refuse(f"a tensor of shape {list(size)} is larger than its storage of {len(flat)} numbers")
-    return flat.as_strided(size, stride, offset).clone()
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    """Python 3 fills it by later instructions, Python 2 from a list of pairs."""
+    built: dict[Any, Any] = {}
+    for key, value in pairs:
+        fill(built, [key, value])
+    return built
 
 
-_PLAIN: dict[str, _Builder] = {
+def _bare_namespace() -> Namespace:
+    return Namespace()
+
+
+def _never_called(*_: Any) -> NoReturn:
+    refuse("it calls what is only a type's name")
+
+
+def object_builders(*classes: str) -> dict[str, Builder]:
+    """Builders for objects that are no more than their attributes, all read as a Namespace.
+
+    Args:
+        classes: their full names.
+    """
+
+    def rebuilt(kind: Name, base: Name, state: None) -> Namespace:
+        """Protocols 0 and 1: copyreg._reconstructor(class, object, None)."""
+        if str(kind) not in classes or _expect(base, Name).name != "object" or state is not None:
+            refuse("it rebuilds an object from more than its attributes")
+        return Namespace()
+
+    return {
+        **dict.fromkeys(classes, _bare_namespace),
+        **dict.fromkeys(("copy_reg._reconstructor", "copyreg._reconstructor"), rebuilt),
+        **dict.fromkeys(("__builtin__.object", "builtins.object"), _never_called),
+    }
+
+
+DATA_BUILDERS: Mapping[str, Builder] = {
     "_codecs.encode": _encoded,
     "collections.OrderedDict": _ordered_dict,
-}
-
-
-def _never(*_: Any) -> NoReturn:
-    _refuse("it calls a name that stands for a type")
-
-
-_CHECKPOINT: dict[str, _Builder] = {
-    **_PLAIN,
-    **{f"torch.{storage}": _never for storage in _DTYPES},
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "argparse.Namespace": _namespace,
-    "copy_reg._reconstructor": _reconstructed,
-    "copyreg._reconstructor": _reconstructed,
-    "__builtin__.object": _never,
-    "builtins.object": _never,
     "numpy.dtype": _dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,

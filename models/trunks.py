@@ -16,7 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (127 / 255,) * 3, (128 / 255,) * 3  # how TensorFlow's EfficientNet-Lite was trained
 
 CHANNELS = {
-    "tiny": {"final": 128, "previous": 96},
+    "tiny": {"final": 96, "previous": 64},
     "efficientnet-lite0": {"final": FINAL_CHANNELS, "previous": PREVIOUS_CHANNELS},
     "resnet152": {"final": 2048, "previous": 1024},
 }
@@ -24,11 +24,11 @@ STRIDES = {"tiny": 8, "efficientnet-lite0": 32, "resnet152": 32}
 
 
 class TinyTrunk(nn.Module):
-    """Four convolutions for the embedded scenes, trained with the rest: stride 8, 128 channels."""
+    """Four convolutions for the embedded scenes, trained with the rest: stride 8, 96 channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96, 128)
+        widths = (3, 16, 32, 64, 96)
         strides = (2, 2, 1, 2)
         self.layers = nn.ModuleList(
             nn.Sequential(
@@ -71,24 +71,23 @@ class ResNet152(nn.Module):
             DualmatchError: a tensor is missing, unknown or of another shape.
         """
         renamed = {
-            transformers_from_torchvision(name): value.float() if value.is_floating_point() else value
-            for name, value in state.items()
-            if not name.startswith("fc.")
+            transformers_from_torchvision(name): value for name, value in state.items() if not name.startswith("fc.")
         }
         own = self.resnet.state_dict()
         counters = {name for name in own if name.endswith("num_batches_tracked")}
         if missing := sorted(set(own) - set(renamed) - counters):
             raise DualmatchError(
-                f"the ResNet-152 weights lack {len(missing)} tensors, the first {missing[0]!r}; torchvision's names are expected."
+                f"the ResNet-152 weights lack {len(missing)} tensors, the first {torchvision_from_transformers(missing[0])!r}; torchvision's names are expected."
             )
         if unknown := sorted(set(renamed) - set(own)):
             raise DualmatchError(
-                f"the ResNet-152 weights hold {len(unknown)} tensors that ResNet-152 has not, the first {unknown[0]!r}."
+                f"the ResNet-152 weights hold {len(unknown)} tensors that ResNet-152 has not, the first {torchvision_from_transformers(unknown[0])!r}."
             )
         for name, value in renamed.items():
             if value.shape != own[name].shape:
                 raise DualmatchError(
-                    f"ResNet-152 weight {name!r} must have shape {list(own[name].shape)}, got {list(value.shape)}."
+                    f"ResNet-152 weight {torchvision_from_transformers(name)!r} must have shape {list(own[name].shape)}, "
+                    f"got {list(value.shape)}."
                 )
         self.resnet.load_state_dict(renamed, strict=False)
 
@@ -111,7 +110,9 @@ def torchvision_from_transformers(name: str) -> str:
     kind = {"convolution": "conv", "normalization": "bn"}
     if match := re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
         return f"{kind[match[1]]}1.{match[2]}"
-    if match := re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.(convolution|normalization)\.(\w+)", name):
+    if match := re.fullmatch(
+        r"encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.(convolution|normalization)\.(\w+)", name
+    ):
         part = int(match[3] == "normalization")
         return f"layer{int(match[1]) + 1}.{match[2]}.downsample.{part}.{match[4]}"
     layer = r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.(convolution|normalization)\.(\w+)"

@@ -39,14 +39,13 @@ class Exported:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Exported]":
     """`exported(name)`: the graph of `tiny_models.EXPORTED[name]`."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
     from dualmatch.export.graph import export_encoder
 
     from .tiny_models import EXPORTED, captions, image_encoder, images, text_encoder
 
     folder = tmp_path_factory.mktemp("graphs")
-    torch.set_num_threads(1)
 
     @cache
     def export(name: str) -> Exported:
@@ -54,6 +53,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Expor
         encoder = text_encoder(config) if name.startswith("text") else image_encoder(config)
         example = {"token_ids": captions(3, 7)} if name.startswith("text") else images(encoder, 2)
         path = folder / f"{name}.onnx"
-        return Exported(encoder, path, export_encoder(encoder, example, path, output="embedding"))
+        return Exported(encoder, path, export_encoder(encoder, example, path, output=f"{name.partition('-')[0]}_embedding"))
 
     return export

@@ -50,7 +50,7 @@ def test_the_embeddings_tell_inputs_apart(name, exported):
     graph = exported(name)
     _, got = torch_and_onnx(graph, graph.feeds(7, 17))
     cosines = got @ got.T
-    assert cosines[~np.eye(7, dtype=bool)].max() < 0.9999
+    assert cosines[~np.eye(7, dtype=bool)].max() < 0.999
 
 
 @pytest.mark.parametrize("name", MASKED_TEXTS)
@@ -66,7 +66,8 @@ def test_padding_changes_nothing_in_a_masked_graph(name, exported):
 def test_a_graph_names_its_inputs_output_and_dynamic_axes_and_nothing_of_this_machine(name, exported):
     graph = exported(name)
     (output,) = specs(graph.model.graph.output)
-    assert output == TensorSpec(name="embedding", dtype="float32", shape=("batch", 16))
+    side = "text" if graph.is_text else "image"
+    assert output == TensorSpec(name=f"{side}_embedding", dtype="float32", shape=("batch", 16))
     inputs = specs(graph.model.graph.input)
     if graph.is_text:
         assert inputs == (TensorSpec(name="token_ids", dtype="int64", shape=("batch", "length")),)
@@ -89,13 +90,6 @@ def test_a_gru_exports_as_one_operator_and_leaves_the_encoder_as_it_was(exported
 class FrozenBatch(nn.Module):
     def forward(self, pixels):
         return pixels.reshape(2, -1)
-
-
-class FrozenInside(nn.Module):
-    """Right at the traced shape only, and with dynamic axes at its ends."""
-
-    def forward(self, token_ids):
-        return token_ids[:, :1].float() * token_ids.new_ones(1, 7).float().sum()
 
 
 class Scaled(nn.Module):

@@ -63,6 +63,16 @@ def seed_of_epoch(recipe: Recipe, epoch: int) -> int:
     return recipe.train.seed * 1_000_003 + epoch + 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Embeddings with gradients: images (I, D), captions (M, D), each caption's row in images (M,), which image each row is (I,)."""
+
+    images_ID: Tensor
+    captions_MD: Tensor
+    owner_M: Tensor
+    image_ids_I: Tensor
+
+
 class Batches:
     """The training set, batch by batch."""
 
@@ -87,19 +97,33 @@ class Batches:
         # The authors keep the last, smaller batch; a batch of one pair has no negative and BatchNorm no variance, so that one is left out.
         self.steps_per_epoch = samples // self.batch_size + int(samples % self.batch_size > 1)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images (B, D), captions (B, D), image index (B,)) for every batch."""
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, in an order that follows from the seed and the epoch."""
         chance = np.random.default_rng(seed_of_epoch(self.setup.recipe, epoch))
-        if self.setup.recipe.train.epoch_over == "images":
-            order = chance.permutation(len(self.items))
-            counts = self.first_caption[order + 1] - self.first_caption[order]
-            captions = self.first_caption[order] + chance.integers(0, counts)
-        else:
-            captions = chance.permutation(len(self.image_of_caption))
+        over_images = self.setup.recipe.train.epoch_over == "images"
+        order = chance.permutation(len(self.items) if over_images else len(self.image_of_caption)).tolist()
         for start in range(0, self.steps_per_epoch * self.batch_size, self.batch_size):
-            batch = captions[start : start + self.batch_size].tolist()
-            images = self.image_of_caption[batch]
-            yield self._embed_images(images.tolist(), chance), self._embed_captions(batch), torch.from_numpy(images)
+            chosen = order[start : start + self.batch_size]
+            captions = [caption for image in chosen for caption in self._draw(image, chance)] if over_images else chosen
+            images = chosen if over_images else self.image_of_caption[chosen].tolist()
+            row_of = {image: row for row, image in enumerate(images)}
+            owner = (
+                [row_of[image] for image in self.image_of_caption[captions].tolist()]
+                if over_images
+                else range(len(captions))
+            )
+            yield Batch(
+                images_ID=self._embed_images(images, chance),
+                captions_MD=self._embed_captions(captions),
+                owner_M=torch.tensor(list(owner)),
+                image_ids_I=torch.tensor(images),
+            )
+
+    def _draw(self, image: int, chance: np.random.Generator) -> list[int]:
+        """Some of an image's captions."""
+        first, last = self.first_caption[image], self.first_caption[image + 1]
+        wanted = min(self.setup.recipe.train.captions_per_image, last - first)
+        return [int(caption) for caption in chance.choice(np.arange(first, last), size=wanted, replace=False)]
 
     def _embed_images(self, images: Sequence[int], chance: np.random.Generator) -> Tensor:
         encoder = self.setup.model.image_encoder

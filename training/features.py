@@ -47,7 +47,7 @@ def augmented(image: Image.Image, preprocess: Preprocess, chance: random.Random,
 
 
 class MapCache:
-    """Maps of a frozen trunk for images and views; view 0 is the evaluation view, the others are augmented."""
+    """Maps of a frozen trunk for images and views: view 0 is the evaluation view, view 1 its mirror image, the others random crops."""
 
     def __init__(
         self, folder: Path, trunk: nn.Module, stages: Sequence[str], preprocess: Preprocess, *, min_area: float
@@ -88,8 +88,9 @@ class MapCache:
         }
 
     def _pixels(self, item: ImageItem, view: int, stem: Path) -> np.ndarray:
-        if view == 0:
-            return self.preprocess(item.read_bytes())
+        if view <= 1:
+            pixels = self.preprocess(item.read_bytes())
+            return pixels if view == 0 else np.ascontiguousarray(pixels[:, :, ::-1])
         chance = random.Random(stem.name)
         return self.preprocess.normalise(
             augmented(open_rgb(item.read_bytes()), self.preprocess, chance, min_area=self.min_area)

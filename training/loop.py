@@ -99,8 +99,9 @@ def train(
         torch.manual_seed(seed_of_epoch(recipe, epoch))
         model.train()
         losses = []
-        for step, (images_BD, captions_BD, image_ids_B) in enumerate(batches.epoch(epoch)):
-            loss = matching_loss(images_BD, captions_BD, image_ids_B, recipe.loss, epoch=epoch)
+        for step, batch in enumerate(batches.epoch(epoch)):
+            scores_IM = batch.images_ID @ batch.captions_MD.T
+            loss = matching_loss(scores_IM, batch.owner_M, batch.image_ids_I, recipe.loss, epoch=epoch)
             if not torch.isfinite(loss):
                 raise DualmatchError(
                     f"the loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}; the last good epoch is kept in {out}. "

@@ -1,4 +1,7 @@
-"""Matching losses over a batch of pairs. Shape suffix: B pairs; scores_BB has images in rows and captions in columns."""
+"""Matching losses over a batch. Shape suffixes: I images, M captions; scores_IM has images in rows and captions in columns.
+
+Caption m belongs to image owner_M[m]; where every image has one caption and owner is 0, 1, 2, … these are the losses of the papers.
+"""
 
 import torch
 from torch import Tensor
@@ -8,44 +11,68 @@ from .recipe import LossOptions
 
 
 def hinge_loss(
-    scores_BB: Tensor, *, margin: float = 0.2, hardest: bool = True, excluded_BB: Tensor | None = None
+    scores_IM: Tensor,
+    owner_M: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    hardest: bool = True,
+    excluded_IM: Tensor | None = None,
 ) -> Tensor:
-    """Triplet ranking loss (DSRAN eq 21; VSE++), summed over the batch and both directions, as the authors' code does.
+    """Triplet ranking loss (DSRAN eq 21; VSE++), summed over all pairs and both directions, as the authors' code does.
 
     Args:
-        scores_BB: similarities; pair i is on the diagonal.
-        hardest: only the hardest negative of each row and column counts.
-        excluded_BB: true where a pair off the diagonal is no negative.
+        scores_IM: similarities.
+        owner_M: for each caption its image's row; None for the diagonal.
+        hardest: only the hardest negative of each pair and direction counts.
+        excluded_IM: true where an image and a caption of another row are no negatives of each other.
     """
-    positives_B1 = scores_BB.diagonal()[:, None]
-    skip_BB = torch.eye(len(scores_BB), dtype=torch.bool, device=scores_BB.device)
-    if excluded_BB is not None:
-        skip_BB = skip_BB | excluded_BB
-    cost_captions_BB = (margin + scores_BB - positives_B1).clamp(min=0).masked_fill(skip_BB, 0)
-    cost_images_BB = (margin + scores_BB - positives_B1.T).clamp(min=0).masked_fill(skip_BB, 0)
+    owner_M = _owner(scores_IM, owner_M)
+    no_negative_IM = owner_M[None, :] == torch.arange(len(scores_IM), device=scores_IM.device)[:, None]
+    if excluded_IM is not None:
+        no_negative_IM = no_negative_IM | excluded_IM
+    positives_M = scores_IM[owner_M, torch.arange(len(owner_M), device=scores_IM.device)]
+    cost_images_IM = (margin + scores_IM - positives_M[None, :]).clamp(min=0).masked_fill(no_negative_IM, 0)
+    cost_captions_MM = (
+        (margin + scores_IM[owner_M] - positives_M[:, None]).clamp(min=0).masked_fill(no_negative_IM[owner_M], 0)
+    )
     if hardest:
-        return cost_captions_BB.amax(dim=1).sum() + cost_images_BB.amax(dim=0).sum()
-    return cost_captions_BB.sum() + cost_images_BB.sum()
+        return cost_captions_MM.amax(dim=1).sum() + cost_images_IM.amax(dim=0).sum()
+    return cost_captions_MM.sum() + cost_images_IM.sum()
 
 
-def infonce_loss(scores_BB: Tensor, *, temperature: float, excluded_BB: Tensor | None = None) -> Tensor:
-    """Symmetric cross-entropy of each pair against the batch (van den Oord et al., 2018; CLIP), mean over the batch."""
-    logits_BB = scores_BB / temperature
-    if excluded_BB is not None:
-        logits_BB = logits_BB.masked_fill(excluded_BB, float("-inf"))
-    targets_B = torch.arange(len(scores_BB), device=scores_BB.device)
-    return (F.cross_entropy(logits_BB, targets_B) + F.cross_entropy(logits_BB.T, targets_B)) / 2
+def infonce_loss(
+    scores_IM: Tensor, owner_M: Tensor | None = None, *, temperature: float, excluded_IM: Tensor | None = None
+) -> Tensor:
+    """Symmetric cross-entropy of each pair against the batch (van den Oord et al., 2018; CLIP), mean over pairs.
+
+    An image with several captions is classified once for each of them, its other captions left out of the sum.
+    """
+    owner_M = _owner(scores_IM, owner_M)
+    logits_IM = scores_IM / temperature
+    if excluded_IM is not None:
+        logits_IM = logits_IM.masked_fill(excluded_IM, float("-inf"))
+    own_IM = owner_M[None, :] == torch.arange(len(scores_IM), device=scores_IM.device)[:, None]
+    positives_M = logits_IM[owner_M, torch.arange(len(owner_M), device=scores_IM.device)]
+    negatives_I = logits_IM.masked_fill(own_IM, float("-inf")).logsumexp(dim=1)
+    to_text = torch.logaddexp(positives_M, negatives_I[owner_M]) - positives_M
+    return (to_text.mean() + F.cross_entropy(logits_IM.T, owner_M)) / 2
 
 
 def matching_loss(
-    images_BD: Tensor, captions_BD: Tensor, image_ids_B: Tensor, options: LossOptions, *, epoch: int
+    scores_IM: Tensor, owner_M: Tensor, image_ids_I: Tensor, options: LossOptions, *, epoch: int
 ) -> Tensor:
-    """The recipe's loss for a batch of unit vectors; `image_ids_B` tells which pairs share an image, `epoch` counts from 0."""
-    scores_BB = images_BD @ captions_BD.T
-    excluded_BB = None
+    """The recipe's loss; `image_ids_I` tells which rows are the same image, `epoch` counts from 0."""
+    excluded_IM = None
     if options.mask_same_image:
-        excluded_BB = image_ids_B[:, None] == image_ids_B[None, :]
-        excluded_BB = excluded_BB & ~torch.eye(len(excluded_BB), dtype=torch.bool, device=excluded_BB.device)
+        rows_I = torch.arange(len(image_ids_I), device=scores_IM.device)
+        excluded_IM = (image_ids_I[:, None] == image_ids_I[owner_M][None, :]) & (rows_I[:, None] != owner_M[None, :])
     if options.kind == "infonce" or epoch < options.warmup_epochs:
-        return infonce_loss(scores_BB, temperature=options.temperature, excluded_BB=excluded_BB)
-    return hinge_loss(scores_BB, margin=options.margin, hardest=options.hardest, excluded_BB=excluded_BB)
+        return infonce_loss(scores_IM, owner_M, temperature=options.temperature, excluded_IM=excluded_IM)
+    return hinge_loss(scores_IM, owner_M, margin=options.margin, hardest=options.hardest, excluded_IM=excluded_IM)
+
+
+def _owner(scores_IM: Tensor, owner_M: Tensor | None) -> Tensor:
+    if owner_M is not None:
+        return owner_M
+    assert scores_IM.shape[0] == scores_IM.shape[1]
+    return torch.arange(len(scores_IM), device=scores_IM.device)

@@ -19,7 +19,7 @@ class DataOptions:
     Attributes:
         train_splits, val_splits: splits joined for training, and for choosing the best epoch.
         resize: `squash` or `crop`, see `runtime.preprocess`.
-        views: with a frozen trunk, cached views of each training image: the evaluation view and views - 1 augmented ones.
+        views: with a frozen trunk, cached views of each training image: the evaluation view, its mirror image, then random crops.
         augment: random crops and flips where the trunk is trained (a frozen trunk's augmentation is its cached views).
         crop_min_area: smallest share of the photograph that an augmented view shows (the authors: 0.08).
         regions: a region file, for networks that take precomputed regions.
@@ -69,10 +69,14 @@ class TrainOptions:
     """The optimisation.
 
     Attributes:
-        epochs: passes; one pass sees every pair (`pairs`) or every image with one caption drawn at random (`images`).
-        optimiser: `adam` or `adamw` (with weight_decay).
+        epochs: passes over the training set.
+        epoch_over: a pass sees every `pairs` of image and caption, or every one of `images` with captions_per_image of its captions,
+            drawn at random; an image is then encoded once for all of them.
+        batch_size: pairs or images.
+        graph_learning_rate: factor on the learning rate of graph attention and fusion layers.
+        optimiser: `adam`, or `adamw` with weight_decay on matrices (not on biases and norms).
         schedule: learning rate `constant`, `step` (times 0.1 every `step_epochs`), or `cosine` down to zero.
-        warmup_steps: linear rise of the learning rate.
+        warmup: share of all steps in which the learning rate rises linearly; the cosine begins after it.
         clip_norm: global gradient norm is cut to this; 0 for no clipping.
         average: decay of an exponential moving average of the weights that is what gets evaluated and saved as best; 0 for none.
     """
@@ -80,12 +84,14 @@ class TrainOptions:
     epochs: int = 20
     batch_size: int = 128
     epoch_over: Literal["pairs", "images"] = "pairs"
+    captions_per_image: int = 1
     optimiser: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 2e-4
+    graph_learning_rate: float = 1.0
     weight_decay: float = 0.0
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     step_epochs: int = 8
-    warmup_steps: int = 0
+    warmup: float = 0.0
     clip_norm: float = 2.0
     average: float = 0.0
     seed: int = 0
@@ -93,7 +99,13 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_range("epochs", self.epochs, 1, 100_000)
         check_range("batch_size", self.batch_size, 2, 1_000_000)
+        check_range("captions_per_image", self.captions_per_image, 1, 1000)
+        check_range("warmup", self.warmup, 0.0, 0.9)
         check_range("average", self.average, 0.0, 0.99999)
+        if self.epoch_over == "pairs" and self.captions_per_image != 1:
+            raise DualmatchError(
+                'captions_per_image is for epoch_over = "images"; an epoch over pairs takes them one by one.'
+            )
         if self.learning_rate <= 0:
             raise DualmatchError(f"learning_rate must be positive, got {self.learning_rate}.")
 

@@ -19,10 +19,7 @@ class TrainingState:
         self.options = recipe.train
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimiser = torch.optim.AdamW if recipe.train.optimiser == "adamw" else torch.optim.Adam
-        self.optimiser: torch.optim.Optimizer = optimiser(
-            self.parameters.values(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
-        )
+        self.optimiser = _optimiser(recipe, self.parameters)
         self.steps_per_epoch = steps_per_epoch
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.train.average else {}
         self.steps = 0
@@ -33,15 +30,16 @@ class TrainingState:
     def learning_rate(self) -> float:
         """The rate of the step to come."""
         options = self.options
-        rise = min(1.0, (self.steps + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+        total = options.epochs * self.steps_per_epoch
+        rising = round(options.warmup * total)
+        if self.steps < rising:
+            return options.learning_rate * (self.steps + 1) / rising
         if options.schedule == "cosine":
-            total = options.epochs * self.steps_per_epoch
-            fall = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / total)))
-        elif options.schedule == "step":
-            fall = 0.1 ** (self.steps // self.steps_per_epoch // options.step_epochs)
-        else:
-            fall = 1.0
-        return options.learning_rate * rise * fall
+            done = (self.steps - rising) / max(1, total - rising)
+            return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if options.schedule == "step":
+            return options.learning_rate * 0.1 ** float(self.steps // self.steps_per_epoch // options.step_epochs)
+        return options.learning_rate
 
     def step(self, loss: Tensor) -> None:
         """One update."""
@@ -50,7 +48,7 @@ class TrainingState:
         if self.options.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip_norm)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["factor"]
         self.optimiser.step()
         self.steps += 1
         for name, value in self.average.items():
@@ -76,9 +74,9 @@ class TrainingState:
         """Everything that the next epoch depends on."""
         tensors = {f"model.{name}": value for name, value in self.trained_tensors().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
-        names = list(self.parameters)
-        for index, entry in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{names[index]}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        name_of: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
+        for parameter, entry in self.optimiser.state.items():
+            tensors |= {f"optimiser.{name_of[parameter]}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         facts = {"epoch": self.epoch, "steps": self.steps, "best_epoch": self.best_epoch, "best_rsum": self.best_rsum}
         save_tensors(path, tensors, facts)
 
@@ -88,14 +86,26 @@ class TrainingState:
         self.model.load_state_dict({**self.model.state_dict(), **_under(tensors, "model.")})
         for name, value in _under(tensors, "average.").items():
             self.average[name].copy_(value)
-        names = list(self.parameters)
-        state: dict[int, dict[str, Tensor]] = {}
         for name, value in _under(tensors, "optimiser.").items():
             parameter, _, key = name.rpartition(".")
-            state.setdefault(names.index(parameter), {})[key] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+            self.optimiser.state[self.parameters[parameter]][key] = value
         self.epoch, self.steps = facts["epoch"], facts["steps"]
         self.best_epoch, self.best_rsum = facts["best_epoch"], facts["best_rsum"]
+
+
+def _optimiser(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Parameters in groups by learning rate and weight decay."""
+    options = recipe.train
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        factor = options.graph_learning_rate if "graph" in name or ".fusions." in name else 1.0
+        decay = options.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    described = [
+        {"params": members, "factor": factor, "weight_decay": decay} for (factor, decay), members in groups.items()
+    ]
+    optimiser = torch.optim.AdamW if options.optimiser == "adamw" else torch.optim.Adam
+    return optimiser(described, lr=options.learning_rate)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
