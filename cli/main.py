@@ -5,8 +5,6 @@ from importlib import import_module
 
 import click
 
-from dualmatch.runtime.errors import DualmatchError
-
 # name: (module, one line of help). The help stands here so that listing commands imports none of them.
 Table = dict[str, tuple[str, str]]
 
@@ -90,22 +88,32 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped.", 130)
-    except DualmatchError as error:
-        _fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA_OF:
-            raise
-        _fail(
-            f"this command needs {package}, which is not installed: pip install 'dualmatch[{_EXTRA_OF[package]}]'.", 1
-        )
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        if error.strerror is None or error.filename is None:
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}.", 1)
+        _fail(sentence, 1)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell a user about an error that a user can cause; None for a fault of the program."""
+    # Imported here because it brings NumPy along, which `--help` does without.
+    from dualmatch.runtime.errors import DualmatchError
+
+    if isinstance(error, DualmatchError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _EXTRA_OF:
+            return (
+                f"this command needs {package}, which is not installed: pip install 'dualmatch[{_EXTRA_OF[package]}]'."
+            )
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return None
 
 
 def _fail(message: str, code: int) -> None:

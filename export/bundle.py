@@ -118,13 +118,6 @@ def export_run(
         _seal(folder, manifest)
         verification = verify(load_bundle(folder), dataset, regions=regions, progress=progress)
         decision = verification.decision
-        overflow = [one for one in (*image_magnitudes, *text_magnitudes) if one.share >= 1]
-        if overflow:
-            raise GateRefusedError(
-                f"float16 would overflow: tensor {overflow[0].tensor!r} ({overflow[0].operator}) reaches {overflow[0].largest:.4g} on real inputs, "
-                f"float16 ends at {HALF_MAX:.0f}; export with --fp32.",
-                verification,
-            )
         if decision.verdict != "pass" and not (unverified and decision.verdict == "too few pairs"):
             advice = (
                 " (or --unverified to write the bundle all the same)" if decision.verdict == "too few pairs" else ""
@@ -172,6 +165,12 @@ def _graph(
     if precision == "fp16":
         half = to_half(single)
         found = magnitudes(single, half, [dict(batch) for batch in batches], folder)
+        # Before anything runs in half precision: an overflow is named here, later it would only be an infinity somewhere.
+        if found and found[0].share >= 1:
+            raise DualmatchError(
+                f"float16 would overflow: tensor {found[0].tensor!r} ({found[0].operator}) reaches {found[0].largest:.4g} on real inputs, "
+                f"float16 ends at {HALF_MAX:.0f}; export with --fp32."
+            )
         onnx.save(half, path)
         measured = _checked(encoder, path, batches, "fp16")
     model = onnx.load(path)

@@ -42,9 +42,7 @@ def compile_bundle(
         lengths = AxisRange(longest, longest, longest)
     elif lengths.max > longest:
         raise DualmatchError(f"--length reaches {lengths.max} tokens, but the bundle cuts captions at {longest}.")
-    folder = path / "engines"
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as building:
+    with tempfile.TemporaryDirectory(dir=path, prefix=".engines-") as building:
         records = []
         for name, entry in bundle.manifest.encoders.items():
             chosen: list[Profile] = [
@@ -60,6 +58,7 @@ def compile_bundle(
                 progress=_named(progress, name),
             )
             records.append(replace(record, file=f"engines/{record.file}"))
+        (path / "engines").mkdir(exist_ok=True)
         for record in records:
             (Path(building) / Path(record.file).name).replace(path / record.file)
     kept = tuple(engine for engine in bundle.manifest.engines if engine["flavour"] != flavour)

@@ -132,7 +132,7 @@ def load_bundle(path: str | Path) -> Bundle:
         raise DualmatchError(f"{manifest_path} is larger than {MAX_MANIFEST_BYTES} bytes; it cannot be a manifest.")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DualmatchError(
             f"{manifest_path} is not valid JSON ({error}); the bundle is damaged, export it again."
         ) from None
@@ -167,24 +167,12 @@ def _manifest(values: Any, path: Path) -> Manifest:
         raise DualmatchError(
             f"{path} has format version {values.get('version')}; this dualmatch reads version {VERSION}."
         )
+    values = {name: value for name, value in values.items() if name not in ("format", "version")}
     try:
-        values = {name: value for name, value in values.items() if name not in ("format", "version")}
-        where = str(path)
-        values["encoders"] = {
-            name: from_mapping(EncoderEntry, value, f"{where}: encoders.{name}")
-            for name, value in values["encoders"].items()
-        }
-        values["files"] = {
-            name: from_mapping(FileEntry, value, f"{where}: files.{name}") for name, value in values["files"].items()
-        }
-        values["tokenizer"] = from_mapping(TokenizerOptions, values["tokenizer"], f"{where}: tokenizer")
-        if values["preprocessing"] is not None:
-            values["preprocessing"] = from_mapping(Preprocess, values["preprocessing"], f"{where}: preprocessing")
-        values["engines"] = tuple(values.get("engines", ()))
-        manifest = Manifest(**values)
-    except (AttributeError, KeyError, TypeError) as error:
+        manifest = from_mapping(Manifest, values, "it")
+    except DualmatchError as error:
         raise DualmatchError(
-            f"{path} is not a complete manifest ({error}); the bundle is damaged, export it again."
+            f"{path} is not a complete manifest ({str(error).rstrip('.')}); the bundle is damaged, export it again."
         ) from None
     if set(manifest.encoders) != {"image", "text"}:
         raise DualmatchError(f"{path} must describe the encoders image and text, it has {sorted(manifest.encoders)}.")
@@ -200,8 +188,10 @@ def _manifest(values: Any, path: Path) -> Manifest:
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
+    path, parts = folder / name, Path(name).parts
+    # A link may lead out; the check on the text comes first, because a name with a NUL cannot even be resolved.
+    escapes = "\0" in name or not parts or Path(name).is_absolute() or ".." in parts
+    if escapes or not path.resolve().is_relative_to(folder.resolve()):
         raise DualmatchError(f"the bundle {folder} lists {name!r}, which lies outside it; it is refused.")
     if not path.is_file():
         raise DualmatchError(f"the bundle {folder} lacks {name}; export it again.")

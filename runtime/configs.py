@@ -16,7 +16,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build the dataclass `cls` from a mapping.
 
     Args:
-        cls: a dataclass; fields may be bool, int, float, str, `Literal`, tuples of these, `X | None`, or other dataclasses.
+        cls: a dataclass; fields may be bool, int, float, str, unions of these such as `int | str`, `Literal`, tuples of these,
+            mappings with text keys, `X | None`, other dataclasses, or `Any`.
         values: the mapping; fields with defaults may be left out.
         where: what the mapping is, for messages ("recipe my.toml, [model]").
 
@@ -42,18 +43,29 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (hint,) = [argument for argument in arguments if argument is not type(None)]
-        return _convert(hint, value, where)
+        choices = [argument for argument in arguments if argument is not type(None)]
+        if len(choices) == 1:
+            return _convert(choices[0], value, where)
+        if type(value) not in choices:
+            names = " or ".join(choice.__name__ for choice in choices)
+            raise DualmatchError(f"{where} must be of type {names}, got {value!r}.")
+        return value
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise DualmatchError(f"{where} must be a table, got {value!r}.")
         return from_mapping(typing.cast("type[Any]", hint), value, where)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise DualmatchError(f"{where} must be a table, got {value!r}.")
+        return {key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
     if origin is Literal:
-        if value not in arguments:
+        if (type(value), value) not in [(type(choice), choice) for choice in arguments]:  # True equals 1, but is not it
             raise DualmatchError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}.")
         return value
     if origin is tuple:

@@ -1,6 +1,6 @@
 """The two encoders of a bundle, opened on a backend: photographs and captions to unit vectors, without torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .backends import Session, open_session
 from .bundle import Bundle, load_bundle
+from .datasets import ImageItem
 from .errors import DualmatchError
 from .preprocess import ImageLike
 from .regions import RegionFile
@@ -121,6 +122,28 @@ class ImageEncoder(_Encoder):
     def encode_prepared(self, prepared: Sequence[dict[str, Array]]) -> NDArray[np.float32]:
         """Embeddings of one batch of prepared images, (n, dimension)."""
         return self.run({name: np.stack([one[name] for one in prepared]) for name in sorted(self._names)})
+
+    def encode_items(
+        self, items: Sequence[ImageItem], progress: Callable[[str, int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Embeddings of a data set's images, (n, dimension) float32, in the given order.
+
+        Raises:
+            DualmatchError: an image that cannot be read, by its id.
+        """
+        parts = [np.empty((0, self.dimension), np.float32)]
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            parts.append(self.encode_prepared([self._prepare_item(item) for item in batch]))
+            if progress is not None:
+                progress("encoding images", start + len(batch), len(items))
+        return np.concatenate(parts)
+
+    def _prepare_item(self, item: ImageItem) -> dict[str, Array]:
+        try:
+            return self.prepare(item.read_bytes(), item.id)
+        except DualmatchError as error:
+            raise DualmatchError(f"image {item.id!r} of the data set: {error}") from None
 
     def encode(self, images: Sequence[ImageLike], image_ids: Sequence[str] | None = None) -> NDArray[np.float32]:
         """Embeddings of images, (n, dimension) float32, of unit norm, in the given order."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import DualmatchError
 from .recall import Recall, evaluate, ranks
 
 Embeddings = NDArray[np.float32]
@@ -118,7 +119,17 @@ def compare(
         before, after: float32 (images, D) and (captions, D) each.
         caption_image: for each caption the index of its image.
         split: named in the protocol.
+
+    Raises:
+        DualmatchError: other numbers of embeddings before and after, NaN or infinity in them, or captions that do not fit the images.
     """
+    for first, second, what in zip(before, after, ("images", "captions"), strict=True):
+        if first.shape != second.shape:
+            raise DualmatchError(
+                f"{what} are {list(first.shape)} before and {list(second.shape)} after; both must be of the same items and dimension."
+            )
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise DualmatchError(f"the embeddings of the {what} hold NaN or infinity; there is nothing to compare.")
     similarity_before, similarity_after = before[0] @ before[1].T, after[0] @ after[1].T
     ranks_before, ranks_after = ranks(similarity_before, caption_image), ranks(similarity_after, caption_image)
     recall_before = evaluate(similarity_before, caption_image=caption_image, split=split)
@@ -144,7 +155,7 @@ def compare(
 
 def decide(comparison: Comparison, tolerances: Tolerances) -> Decision:
     """Pass only what is shown to be within the tolerances; everything else is refused."""
-    if comparison.worst_cosine < tolerances.worst_cosine:
+    if not comparison.worst_cosine >= tolerances.worst_cosine:
         return Decision(
             verdict="fail",
             reason=f"the worst cosine is {comparison.worst_cosine:.6f}, below the floor of {tolerances.worst_cosine}; "
@@ -207,7 +218,9 @@ def _floor(value: float) -> float:
 
 def _cosine_quantiles(before: Embeddings, after: Embeddings) -> tuple[float, float, float]:
     norms = np.linalg.norm(before, axis=1).astype(np.float64) * np.linalg.norm(after, axis=1)
-    cosine = np.einsum("nd,nd->n", before.astype(np.float64), after.astype(np.float64)) / norms
+    products = np.einsum("nd,nd->n", before.astype(np.float64), after.astype(np.float64))
+    # A vector of zeros agrees with nothing.
+    cosine = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
     worst, low, median = np.quantile(cosine, [0.0, 0.01, 0.5])
     return float(worst), float(low), float(median)
 

@@ -86,18 +86,13 @@ def encode_dataset(
     progress: Progress | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(images, captions) embeddings of a data set, every image once, float32."""
-    parts = []
     with ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions) as encoder:
-        for start in range(0, len(dataset.items), batch_size):
-            items = dataset.items[start : start + batch_size]
-            parts.append(encoder.encode_prepared([encoder.prepare(item.read_bytes(), item.id) for item in items]))
-            if progress is not None:
-                progress("encoding images", start + len(items), len(dataset.items))
+        images = encoder.encode_items(dataset.items, progress)
     with TextEncoder(
         bundle, backend=backend, threads=threads, batch_size=bundle.manifest.caption_batch
     ) as text_encoder:
         captions = text_encoder.encode(dataset.captions)
-    return np.concatenate(parts), captions
+    return images, captions
 
 
 def evaluate_bundles(

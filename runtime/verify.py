@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
+from .bundle import MANIFEST, Bundle
+from .configs import from_mapping
 from .datasets import Dataset, ImageItem
 from .encoders import ImageEncoder, TextEncoder
 from .errors import DualmatchError
@@ -49,8 +50,13 @@ class Verification:
 
 
 def tolerances_of(bundle: Bundle) -> Tolerances:
-    """The tolerances that the bundle's gate was run with."""
-    return Tolerances(**bundle.manifest.parity["tolerances"])
+    """The tolerances that the bundle's gate was run with.
+
+    Raises:
+        DualmatchError: the manifest does not have them.
+    """
+    where = f"{bundle.path / MANIFEST}: parity.tolerances"
+    return from_mapping(Tolerances, bundle.manifest.parity.get("tolerances", {}), where)
 
 
 def verify(
@@ -127,10 +133,4 @@ def _encode_images(
             f"data set {dataset.name!r} lacks {len(missing)} of the {len(reference.image_ids)} photographs that the bundle was gated on "
             f"(found by the SHA-256 of their files), the first {missing[0]!r}; give the data that the bundle was exported with."
         )
-    parts = []
-    for start in range(0, len(reference.image_hashes), encoder.batch_size):
-        items = [item_of[digest] for digest in reference.image_hashes[start : start + encoder.batch_size]]
-        parts.append(encoder.encode_prepared([encoder.prepare(item.read_bytes(), item.id) for item in items]))
-        if progress is not None:
-            progress("encoding images", start + len(items), len(reference.image_hashes))
-    return np.concatenate(parts)
+    return encoder.encode_items([item_of[digest] for digest in reference.image_hashes], progress)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .demo_fixture import demo, small_bundle, small_run  # noqa: F401  (fixtures of every test file)
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,8 +41,6 @@ class Exported:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Exported]":
     """`exported(name)`: the graph of `tiny_models.EXPORTED[name]`."""
-    pytest.importorskip("torch")
-    pytest.importorskip("onnxscript")
     from dualmatch.export.graph import export_encoder
 
     from .tiny_models import EXPORTED, captions, image_encoder, images, text_encoder
@@ -53,6 +53,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Expor
         encoder = text_encoder(config) if name.startswith("text") else image_encoder(config)
         example = {"token_ids": captions(3, 7)} if name.startswith("text") else images(encoder, 2)
         path = folder / f"{name}.onnx"
-        return Exported(encoder, path, export_encoder(encoder, example, path, output=f"{name.partition('-')[0]}_embedding"))
+        return Exported(
+            encoder, path, export_encoder(encoder, example, path, output=f"{name.partition('-')[0]}_embedding")
+        )
 
     return export

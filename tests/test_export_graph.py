@@ -3,12 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("onnxscript")
-
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import nn

@@ -4,11 +4,8 @@ import importlib.util
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
-
-pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -199,9 +196,7 @@ def test_that_norm_would_fail_if_its_squares_were_float16():
     for tensor in half.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
             with np.errstate(all="ignore"):
-                tensor.CopyFrom(
-                    numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
-                )
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     del half.graph.value_info[:]
     with np.errstate(all="ignore"):
         (y,) = ReferenceEvaluator(half).run(None, {"x": np.array([[1, 2, 3, 4]], np.float32)})

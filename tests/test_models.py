@@ -4,10 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
+import torch
 from torch import nn
 
 from dualmatch.models import DSRAN, DsranConfig, RegionConfig, TextConfig, TrunkConfig
@@ -134,7 +131,9 @@ def test_only_under_authors_do_padded_words_get_a_gradient(options):
 def test_under_masked_no_gradient_reaches_padding_through_bert(options):
     encoder = text_encoder(text_config(*options)).train()
     embedded = []
-    encoder.words.bert.embeddings.register_forward_hook(lambda _, __, output: (output.retain_grad(), embedded.append(output))[0])
+    encoder.words.bert.embeddings.register_forward_hook(
+        lambda _, __, output: (output.retain_grad(), embedded.append(output))[0]
+    )
     ids = captions(5, 9)
     encoder(ids).square().sum(dim=0).pow(2).sum().backward()
     assert (embedded[0].grad[ids == 0] == 0).all()
@@ -215,7 +214,10 @@ def test_regions_are_embedded_with_their_position():
         files = image_encoder(image_config("files-positions-hidden", projection="relu"))
         inputs = images(files, 2)
         hidden = files.regions.hidden[0](inputs["regions"]).relu()
-        wanted = files.regions.project.linear(hidden).relu() + files.regions.position.linear(inputs["region_positions"]).relu()
+        wanted = (
+            files.regions.project.linear(hidden).relu()
+            + files.regions.position.linear(inputs["region_positions"]).relu()
+        )
         assert_same(files.regions(*inputs.values()), wanted, 1e-5)
 
 
@@ -460,7 +462,9 @@ def test_a_choice_is_checked_in_python_as_in_a_recipe():
 
 def test_what_depends_on_the_built_parts_is_refused_when_they_are_built():
     fine = TrunkConfig(name="tiny", frozen=False, image_size=IMAGE_SIZE, grid_size=5)
-    with pytest.raises(DualmatchError, match="grid_size is 5, but the tiny trunk's final map has only 4 x 4 cells at 32"):
+    with pytest.raises(
+        DualmatchError, match="grid_size is 5, but the tiny trunk's final map has only 4 x 4 cells at 32"
+    ):
         DSRAN(replace(image_config("grid"), trunk=fine), TinyTrunk())
     with pytest.raises(DualmatchError, match="vocabulary_size is 0"):
         DSRAN(replace(image_config("grid"), text=TextConfig()), TinyTrunk())

@@ -1,8 +1,7 @@
 """Boxes on a map against brute force, means over nodes, and unit vectors with their gradients at zero."""
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from dualmatch.models.pooling import (
     box_geometry,

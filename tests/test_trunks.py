@@ -4,10 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
+import torch
 from torch.nn import functional as F
 
 from dualmatch.models import DSRAN, TrunkConfig
@@ -116,11 +113,20 @@ def test_resnet152_computes_what_torchvisions_does_from_its_names(resnet, torchv
     ("change", "message"),
     [
         ({"layer3.35.conv2.weight": None}, r"lack 1 tensors, the first 'layer3\.35\.conv2\.weight'"),
-        ({"bn1.running_var": None, "layer4.0.downsample.0.weight": None}, r"lack 2 tensors, the first 'bn1\.running_var'"),
-        ({"layer3.36.conv1.weight": torch.zeros(1)}, r"hold 1 tensors that .* has not, the first 'layer3\.36\.conv1\.weight'"),
+        (
+            {"bn1.running_var": None, "layer4.0.downsample.0.weight": None},
+            r"lack 2 tensors, the first 'bn1\.running_var'",
+        ),
+        (
+            {"layer3.36.conv1.weight": torch.zeros(1)},
+            r"hold 1 tensors that .* has not, the first 'layer3\.36\.conv1\.weight'",
+        ),
         ({"extra": torch.zeros(1)}, r"hold 1 tensors that ResNet-152 has not, the first 'extra'"),
         ({"bn1.weight": torch.zeros(65)}, r"'bn1\.weight' must have shape \[64\], got \[65\]"),
-        ({"conv1.weight": torch.zeros(64, 3, 3, 3)}, r"'conv1\.weight' must have shape \[64, 3, 7, 7\], got \[64, 3, 3, 3\]"),
+        (
+            {"conv1.weight": torch.zeros(64, 3, 3, 3)},
+            r"'conv1\.weight' must have shape \[64, 3, 7, 7\], got \[64, 3, 3, 3\]",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(resnet, torchvision_state, change, message):
@@ -204,7 +210,9 @@ def test_a_frozen_trunk_is_left_alone_by_training():
         assert torch.equal(value, before[name]), name
     assert all(value.grad is None for value in trunk.parameters())
     assert hash_of_weights(trunk) == hash_before
-    changed = [name for name, value in frozen.named_parameters() if name in others and not torch.equal(value, others[name])]
+    changed = [
+        name for name, value in frozen.named_parameters() if name in others and not torch.equal(value, others[name])
+    ]
     assert len(changed) == len(others)
 
 

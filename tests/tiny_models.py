@@ -50,9 +50,7 @@ PATHS: dict[str, tuple[TrunkConfig, bool, str | None]] = {
 JOINT = {"k1": 1, "k2": 2, "k4": 4, "no-jsr": 0}
 
 
-def image_config(
-    paths: str, joint: str = "k2", ssr: str = "ssr", norm: str = "batch", **options: Any
-) -> DsranConfig:
+def image_config(paths: str, joint: str = "k2", ssr: str = "ssr", norm: str = "batch", **options: Any) -> DsranConfig:
     """The configuration of one image encoder."""
     trunk, global_path, regions = PATHS[paths]
     return DsranConfig(
@@ -72,7 +70,12 @@ def image_config(
 
 
 def text_config(
-    encoder: str, pad_policy: str = "masked", norm: str = "batch", graph: str = "graph", tokens: str = "unit", **options: Any
+    encoder: str,
+    pad_policy: str = "masked",
+    norm: str = "batch",
+    graph: str = "graph",
+    tokens: str = "unit",
+    **options: Any,
 ) -> DsranConfig:
     """The configuration of one text encoder; `tokens` says whether token vectors are normalised."""
     return DsranConfig(
@@ -163,7 +166,9 @@ def images(encoder: ImageEncoder, batch: int, seed: int = 0) -> dict[str, Tensor
         "region_positions": (NUM_REGIONS, config.regions.position_dim),
     }
     inputs = {name: torch.randn(batch, *shapes[name], generator=chance) for name in encoder.input_names}
-    if "pixels" in inputs:  # blotches that differ from image to image: what white noise leaves after pooling is the same for all
+    if (
+        "pixels" in inputs
+    ):  # blotches that differ from image to image: what white noise leaves after pooling is the same for all
         coarse = torch.randn(batch, 3, 4, 4, generator=chance)
         inputs["pixels"] = inputs["pixels"] * 0.3 + nn.functional.interpolate(coarse, inputs["pixels"].shape[2:])
     return inputs

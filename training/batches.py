@@ -47,8 +47,9 @@ class Setup:
         return maps, maps.prepare(items, views=views, progress=self.progress)
 
     def word_cache(self, captions: Sequence[str]) -> WordCache | None:
-        """The frozen word encoder's cached features of these captions; None where it is trained."""
-        if not self.recipe.model.text.frozen:
+        """The frozen word encoder's cached features of these captions; None where it is trained, and under the authors' policy,
+        whose word features depend on the padding of the batch."""
+        if not self.recipe.model.text.frozen or self.recipe.model.pad_policy == "authors":
             return None
         return WordCache(self.cache, self.model, self.tokenizer, captions, progress=self.progress)
 

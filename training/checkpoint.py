@@ -116,6 +116,8 @@ def read_run_json(folder: Path) -> dict[str, Any]:
         raise DualmatchError(
             f"the run {folder} has format version {values.get('version')}; this dualmatch reads version {VERSION}."
         )
+    if not isinstance(values.get("recipe"), dict) or not isinstance(values.get("data"), str):
+        raise DualmatchError(f"{folder / 'run.json'} is incomplete: it lacks the recipe or the data set's name.")
     return values
 
 

@@ -5,6 +5,7 @@ never be served an old feature. float16, since features are inputs of training o
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,9 +103,7 @@ class MapCache:
     def _save(self, stem: Path, stage: str, value: Tensor) -> None:
         if value.abs().max() > torch.finfo(torch.float16).max:
             raise DualmatchError("a trunk feature is larger than float16 can hold; the cache would lose it.")
-        part = Path(f"{stem}-{stage}.part.npy")
-        np.save(part, value.half().numpy())
-        part.replace(f"{stem}-{stage}.npy")
+        _save_whole(Path(f"{stem}-{stage}.npy"), value.half().numpy())
 
 
 class WordCache:
@@ -138,9 +137,7 @@ class WordCache:
             for row, i in enumerate(batch):
                 self._features[self._starts[i] : self._starts[i + 1]] = features[row, : len(self.ids[i])]
             progress("computing word features", start + len(batch), len(by_length))
-        part = path.with_suffix(".part.npy")
-        np.save(part, self._features)
-        part.replace(path)
+        _save_whole(path, self._features)
 
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Word features (B, T, W) float32, zero at padding, and their mask (B, T)."""
@@ -151,3 +148,10 @@ class WordCache:
             features[row, :length] = self._features[self._starts[i] : self._starts[i + 1]]
             mask[row, :length] = True
         return torch.from_numpy(features), torch.from_numpy(mask)
+
+
+def _save_whole(path: Path, array: np.ndarray) -> None:
+    """Write an array so that it is there wholly or not at all; runs that share a cache write under different names."""
+    part = path.with_suffix(f".{os.getpid()}.part.npy")
+    np.save(part, array)
+    part.replace(path)

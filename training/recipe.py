@@ -37,6 +37,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_range("views", self.views, 1, 64)
+        check_range("crop_min_area", self.crop_min_area, 0.001, 1.0)
+        check_range("min_word_count", self.min_word_count, 1, 1_000_000)
+        if not self.train_splits or not self.val_splits:
+            raise DualmatchError("train_splits and val_splits need at least one split each.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class LossOptions:
     def __post_init__(self) -> None:
         check_range("margin", self.margin, 0.0, 2.0)
         check_range("temperature", self.temperature, 1e-4, 10.0)
+        check_range("warmup_epochs", self.warmup_epochs, 0, 100_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +105,20 @@ class TrainOptions:
         check_range("epochs", self.epochs, 1, 100_000)
         check_range("batch_size", self.batch_size, 2, 1_000_000)
         check_range("captions_per_image", self.captions_per_image, 1, 1000)
+        check_range("learning_rate", self.learning_rate, 1e-12, 1e6)
+        check_range("graph_learning_rate", self.graph_learning_rate, 0.0, 1e6)
+        check_range("weight_decay", self.weight_decay, 0.0, 1e6)
+        check_range("step_epochs", self.step_epochs, 1, 100_000)
+        check_range("clip_norm", self.clip_norm, 0.0, 1e6)
+        check_range("seed", self.seed, 0, 2**31)
         check_range("warmup", self.warmup, 0.0, 0.9)
         check_range("average", self.average, 0.0, 0.99999)
         if self.epoch_over == "pairs" and self.captions_per_image != 1:
             raise DualmatchError(
                 'captions_per_image is for epoch_over = "images"; an epoch over pairs takes them one by one.'
             )
-        if self.learning_rate <= 0:
-            raise DualmatchError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if self.weight_decay and self.optimiser != "adamw":
+            raise DualmatchError('weight_decay is for optimiser = "adamw"; set it to 0 for adam.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,15 @@ class Recipe:
     loss: LossOptions = field(default_factory=LossOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
 
+    def __post_init__(self) -> None:
+        frozen = self.model.trunk.name != "none" and self.model.trunk.frozen
+        if self.data.views > 1 and not frozen:
+            raise DualmatchError(
+                "data.views are cached views of a frozen trunk; a trained one takes data.augment = true."
+            )
+        if self.data.augment and (frozen or self.model.trunk.name == "none"):
+            raise DualmatchError("data.augment is for a trunk that is trained; a frozen one takes data.views.")
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
         return asdict(self)
@@ -144,18 +164,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         DualmatchError: no such recipe, TOML that cannot be read, an unknown or mistyped option.
     """
     where = f"recipe {name_or_path}"
-    shipped = _shipped() / f"{name_or_path}.toml"
-    if shipped.is_file():
-        text = shipped.read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
+    source = _shipped() / f"{name_or_path}.toml" if name_or_path in recipe_names() else Path(name_or_path)
+    if not source.is_file():
         raise DualmatchError(
             f"there is no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(recipe_names())}."
         )
     try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DualmatchError(f"{where} is not valid TOML: {error}.") from None
     values.setdefault("name", Path(name_or_path).stem)
     for override in overrides:

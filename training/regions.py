@@ -12,6 +12,7 @@ from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import refuse_existing
 from dualmatch.runtime.preprocess import open_rgb
+from dualmatch.runtime.regions import read_npz
 
 from .features import Progress, no_progress
 
@@ -41,6 +42,8 @@ def pool_regions(
         DualmatchError: `out` exists, the boxes cannot be read, or a photograph has none.
     """
     refuse_existing(out, "the region file")
+    if not out.parent.is_dir():
+        raise DualmatchError(f"the region file {out} cannot be written: there is no folder {out.parent}.")
     row_of, pixel_boxes = _read_boxes(boxes)
     if missing := [item.id for item in dataset.items if item.id not in row_of]:
         raise DualmatchError(
@@ -72,15 +75,8 @@ def pool_regions(
 
 
 def _read_boxes(path: Path) -> tuple[dict[str, int], np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names, boxes = arrays["filenames"], arrays["boxes"]
-    except FileNotFoundError:
-        raise DualmatchError(f"there is no box file {path}.") from None
-    except KeyError as error:
-        raise DualmatchError(f"the box file {path} lacks the array {error}.") from None
-    except (OSError, ValueError) as error:
-        raise DualmatchError(f"the box file {path} cannot be read: {error}.") from None
+    arrays = read_npz(path, "box file", required=("filenames", "boxes"))
+    names, boxes = arrays["filenames"], arrays["boxes"]
     if boxes.ndim != 3 or boxes.shape[2] != 4 or len(names) != len(boxes):
         raise DualmatchError(
             f"{path} must hold boxes (images, regions, 4) for each filename, it has {list(boxes.shape)} for {len(names)}."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dualmatch.models import DSRAN
 
-from .checkpoint import frozen_names, load_tensors, save_tensors
+from .checkpoint import frozen_names, load_state, load_tensors, save_tensors
 from .recipe import Recipe
 
 
@@ -81,9 +81,15 @@ class TrainingState:
         save_tensors(path, tensors, facts)
 
     def load(self, path: Path) -> None:
-        """Continue from `save`."""
+        """Continue from `save`.
+
+        Raises:
+            DualmatchError: the file is missing, damaged, or another network's.
+        """
         tensors, facts = load_tensors(path)
-        self.model.load_state_dict({**self.model.state_dict(), **_under(tensors, "model.")})
+        own = self.model.state_dict()
+        frozen = {name: own[name] for name in frozen_names(self.model)}
+        load_state(self.model, frozen | _under(tensors, "model."), str(path))
         for name, value in _under(tensors, "average.").items():
             self.average[name].copy_(value)
         for name, value in _under(tensors, "optimiser.").items():
