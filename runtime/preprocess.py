@@ -67,7 +67,7 @@ def open_rgb(image: ImageLike) -> Image.Image:
     """Decode an image wholly and convert it to RGB: EXIF orientation applied, transparency composed on white.
 
     Raises:
-        DualmatchError: not an image, truncated, or larger than MAX_PIXELS.
+        DualmatchError: not an image, truncated, larger than MAX_PIXELS, or of 32 bits a pixel.
     """
     name = "the image" if isinstance(image, Image.Image | bytes) else str(image)
     try:
@@ -81,6 +81,11 @@ def open_rgb(image: ImageLike) -> Image.Image:
                 f"{name} has {opened.width} x {opened.height} pixels, above the limit of {MAX_PIXELS}."
             )
         oriented = ImageOps.exif_transpose(opened)
+        if oriented.mode.startswith("I;16"):
+            # Pillow's own conversion clips: all but the darkest 256 of 65536 levels would become white.
+            oriented = Image.fromarray((np.asarray(oriented) >> 8).astype(np.uint8))
+        elif oriented.mode in ("I", "F"):
+            raise DualmatchError(f"{name} has 32-bit pixels of unknown range; convert it to 8 or 16 bits.")
         if oriented.mode in ("RGBA", "LA", "PA") or "transparency" in oriented.info:
             coloured = oriented.convert("RGBA")
             flattened = Image.new("RGB", coloured.size, (255, 255, 255))

@@ -100,7 +100,7 @@ def search_sheet(searches: Sequence[Search], out: Path, *, title: str = "Search"
 
 
 def _thumbnail(path: Path, side: int) -> Image.Image | str:
-    """The photograph upright, in RGB on white, at most `side` pixels long; or why there is none."""
+    """The photograph upright, in RGB on white, its longer side `side` pixels; or why there is none."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (side, side))  # JPEG decodes straight to a smaller size
@@ -109,9 +109,7 @@ def _thumbnail(path: Path, side: int) -> Image.Image | str:
                 layer = upright.convert("RGBA")
                 upright = Image.new("RGBA", layer.size, "white")
                 upright.alpha_composite(layer)
-            thumbnail = upright.convert("RGB")
-            thumbnail.thumbnail((side, side))
-            return thumbnail
+            return ImageOps.contain(upright.convert("RGB"), (side, side))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "the file is damaged"
         return f"{path.name} cannot be shown: {reason}"

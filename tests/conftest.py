@@ -49,12 +49,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Expor
 
     @cache
     def export(name: str) -> Exported:
-        config = EXPORTED[name]
-        encoder = text_encoder(config) if name.startswith("text") else image_encoder(config)
-        example = {"token_ids": captions(3, 7)} if name.startswith("text") else images(encoder, 2)
+        config, side = EXPORTED[name], name.partition("-")[0]
+        encoder = text_encoder(config) if side == "text" else image_encoder(config)
+        example = {"token_ids": captions(3, 7)} if side == "text" else images(encoder, 2)
         path = folder / f"{name}.onnx"
-        return Exported(
-            encoder, path, export_encoder(encoder, example, path, output=f"{name.partition('-')[0]}_embedding")
-        )
+        return Exported(encoder, path, export_encoder(encoder, example, path, output=f"{side}_embedding"))
 
     return export

@@ -136,6 +136,19 @@ def test_sixteen_bits_keep_their_brightness():
     assert np.abs(got - (ramp // 256)[..., None]).max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_unknown_range_are_refused(mode):
+    with pytest.raises(DualmatchError, match="32-bit pixels"):
+        open_rgb(encoded(photograph(mode="L").convert(mode), "TIFF"))
+
+
+def test_sixteen_bits_of_either_byte_order():
+    ramp = np.linspace(0, 65535, 256).astype(">u2").reshape(16, 16)
+    image = Image.frombytes("I;16B", (16, 16), ramp.tobytes())
+    got = np.asarray(open_rgb(encoded(image, "TIFF"))).astype(int)
+    assert np.abs(got - (ramp // 256)[..., None]).max() <= 1
+
+
 def test_cmyk_is_converted():
     image = photograph(mode="RGB")
     got = np.asarray(open_rgb(encoded(image.convert("CMYK"), "JPEG", quality=95))).astype(int)

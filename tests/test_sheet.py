@@ -113,7 +113,7 @@ def test_transparent_turned_and_palette_photos_look_as_they_should(tmp_path):
         Image.open(BytesIO(base64.b64decode(image["src"].split(",")[1])))
         for image in Page((tmp_path / "s.html").read_text()).all("img")
     ]
-    assert [image.size for image in images] == [(40, 20), (20, 40), (40, 20), (40, 20)]
+    assert [image.size for image in images] == [(320, 160), (160, 320), (320, 160), (320, 160)]
     assert [image.getpixel((5, 5)) for image in images] == [(255,) * 3, (254, 0, 0), (255,) * 3, (255,) * 3]
 
 

@@ -19,7 +19,7 @@ from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.tokenizer import CaptionTokenizer
 
 from .encode import encode_captions, encode_images, image_inputs
-from .features import MapCache, Progress, WordCache, augmented
+from .features import MapCache, Progress, WordCache, augmented, photograph
 from .recipe import Recipe
 
 
@@ -48,7 +48,8 @@ class Setup:
 
     def word_cache(self, captions: Sequence[str]) -> WordCache | None:
         """The frozen word encoder's cached features of these captions; None where it is trained, and under the authors' policy,
-        whose word features depend on the padding of the batch."""
+        whose word features depend on the padding of the batch.
+        """
         if not self.recipe.model.text.frozen or self.recipe.model.pad_policy == "authors":
             return None
         return WordCache(self.cache, self.model, self.tokenizer, captions, progress=self.progress)
@@ -88,7 +89,7 @@ class Batches:
         self.takes_pixels = self.maps is None and "pixels" in setup.model.image_encoder.input_names
         self.pixels = None
         if self.takes_pixels and not recipe.data.augment:
-            self.pixels = np.stack([setup.preprocess(item.read_bytes()) for item in self.items])
+            self.pixels = np.stack([setup.preprocess(photograph(item)) for item in self.items])
         samples = len(self.items) if recipe.train.epoch_over == "images" else len(captions)
         if samples < 2:
             raise DualmatchError(
@@ -142,9 +143,9 @@ class Batches:
     def _augmented(self, images: Sequence[int], chance: np.random.Generator) -> NDArray[np.float32]:
         preprocess, area = self.setup.preprocess, self.setup.recipe.data.crop_min_area
         draw = random.Random(int(chance.integers(2**63)))
-        photographs = (open_rgb(self.items[i].read_bytes()) for i in images)
+        images_opened = (open_rgb(photograph(self.items[i])) for i in images)
         return np.stack(
-            [preprocess.normalise(augmented(photograph, preprocess, draw, min_area=area)) for photograph in photographs]
+            [preprocess.normalise(augmented(image, preprocess, draw, min_area=area)) for image in images_opened]
         )
 
     def _embed_captions(self, captions: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from dualmatch.runtime.preprocess import Preprocess
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.tokenizer import CaptionTokenizer
 
-from .features import Progress, no_progress
+from .features import Progress, no_progress, photograph
 
 
 def image_inputs(
@@ -27,7 +27,7 @@ def image_inputs(
         )
     inputs: dict[str, NDArray[np.float32]] = {}
     if pixels and "pixels" in names:
-        inputs["pixels"] = np.stack([preprocess(item.read_bytes()) for item in items])
+        inputs["pixels"] = np.stack([preprocess(photograph(item)) for item in items])
     if regions is not None and "regions" in names:
         inputs["regions"] = np.stack([regions.features(item.id) for item in items])
     if regions is not None and "region_positions" in names:

@@ -47,6 +47,11 @@ def augmented(image: Image.Image, preprocess: Preprocess, chance: random.Random,
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else view
 
 
+def photograph(item: ImageItem) -> Path | bytes:
+    """What to open an image from: its file, so that errors name it, or its bytes where it is generated."""
+    return item.path or item.read_bytes()
+
+
 class MapCache:
     """Maps of a frozen trunk for images and views: view 0 is the evaluation view, view 1 its mirror image, the others random crops."""
 
@@ -90,11 +95,11 @@ class MapCache:
 
     def _pixels(self, item: ImageItem, view: int, stem: Path) -> np.ndarray:
         if view <= 1:
-            pixels = self.preprocess(item.read_bytes())
+            pixels = self.preprocess(photograph(item))
             return pixels if view == 0 else np.ascontiguousarray(pixels[:, :, ::-1])
         chance = random.Random(stem.name)
         return self.preprocess.normalise(
-            augmented(open_rgb(item.read_bytes()), self.preprocess, chance, min_area=self.min_area)
+            augmented(open_rgb(photograph(item)), self.preprocess, chance, min_area=self.min_area)
         )
 
     def _complete(self, stem: Path) -> bool:

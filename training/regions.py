@@ -14,7 +14,7 @@ from dualmatch.runtime.files import refuse_existing
 from dualmatch.runtime.preprocess import open_rgb
 from dualmatch.runtime.regions import read_npz
 
-from .features import Progress, no_progress
+from .features import Progress, no_progress, photograph
 
 
 def pool_regions(
@@ -55,12 +55,12 @@ def pool_regions(
     features, positions = [], []
     for start in range(0, len(dataset.items), batch_size):
         items = dataset.items[start : start + batch_size]
-        photographs = [open_rgb(item.read_bytes()) for item in items]
-        pixels = torch.from_numpy(np.stack([preprocess(photograph) for photograph in photographs]))
+        opened = [open_rgb(photograph(item)) for item in items]
+        pixels = torch.from_numpy(np.stack([preprocess(image) for image in opened]))
         with torch.inference_mode():
             maps = network(pixels)["final"]
-        for item, photograph, one in zip(items, photographs, maps, strict=True):
-            sides = torch.tensor([photograph.width, photograph.height] * 2, dtype=torch.float32)
+        for item, image, one in zip(items, opened, maps, strict=True):
+            sides = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
             fractions = (torch.from_numpy(pixel_boxes[row_of[item.id]]).float() / sides).clamp(0, 1)
             weights = box_pooling_weights(fractions, one.shape[1], one.shape[2])
             features.append((weights @ one.flatten(1).T).half().numpy())

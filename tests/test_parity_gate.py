@@ -1,0 +1,287 @@
+"""What survived, measured and ruled on: embeddings before and after, from equal to shuffled."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dualmatch.runtime import parity
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.parity import TOLERANCES, Tolerances, compare, decide
+
+FP16, FP32 = TOLERANCES["fp16"], TOLERANCES["fp32"]
+LOOSE = Tolerances(rsum_loss=0.5, worst_cosine=-1.0)
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def pairs(images=250, counts=None, noise=0.8, seed=0, dimension=16):
+    """(images, captions), caption_image: captions near their image, near enough to others for ranks to vary."""
+    chance = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(images), 2 if counts is None else counts)
+    image = unit(chance.normal(size=(images, dimension)))
+    caption = unit(image[owner] + noise * unit(chance.normal(size=(len(owner), dimension))))
+    return (image, caption), owner
+
+
+def jittered(embeddings, amount, seed=1):
+    chance = np.random.default_rng(seed)
+    return tuple(unit(one + amount * chance.normal(size=one.shape)) for one in embeddings)
+
+
+def rank(scores, target):
+    """0-based, by hand: how many score higher, or the same with a smaller index."""
+    return sum(s > scores[target] or (s == scores[target] and i < target) for i, s in enumerate(scores))
+
+
+def test_nothing_changed():
+    before, owner = pairs()
+    found = compare(before, before, owner, split="test")
+    assert (found.rsum_loss, found.bound, found.largest_difference) == (0, 0, 0)
+    assert (found.hits_lost, found.hits_won, found.flips) == (0, 0, ())
+    assert (found.same_first, found.overlap_at_10) == (100, 100)
+    assert found.worst_cosine == pytest.approx(1)
+    assert found.before == found.after
+    assert found.before.protocol.split == "test"
+    assert 100 < found.before.rsum < 590, "the pairs are too easy or too hard to test anything"
+    for tolerances in (FP16, FP32):
+        assert decide(found, tolerances).verdict == "pass"
+
+
+def test_a_small_change_passes_and_says_the_smallest_tolerance():
+    before, owner = pairs(noise=0.3)
+    found = compare(before, jittered(before, 1e-4), owner)
+    decision = decide(found, FP16)
+    assert decision.verdict == "pass"
+    smallest = float(decision.reason.rsplit(" ", 1)[1])
+    assert smallest == math.ceil(max(found.bound, 0) * 100) / 100
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_shuffled_side_fails_on_recall(side):
+    before, owner = pairs()
+    after = list(before)
+    after[side] = np.roll(before[side], 7, axis=0)
+    found = compare(before, tuple(after), owner)
+    assert found.rsum_loss > 100
+    assert found.hits_lost > found.hits_won
+    decision = decide(found, LOOSE)
+    assert decision.verdict == "fail"
+    would_pass = float(decision.reason.rsplit("tolerance of ", 1)[1].split()[0])
+    assert decide(found, Tolerances(rsum_loss=would_pass, worst_cosine=-1.0)).verdict == "pass"
+    assert decide(found, Tolerances(rsum_loss=would_pass - 0.01, worst_cosine=-1.0)).verdict != "pass"
+
+
+def test_a_common_rotation_keeps_retrieval_but_not_the_cosine():
+    """Both sides turned alike rank as before; mixed with galleries of the original they would not, so the floor refuses them."""
+    before, owner = pairs()
+    turn, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(16, 16)))
+    after = tuple((one @ turn).astype(np.float32) for one in before)
+    found = compare(before, after, owner)
+    assert abs(found.rsum_loss) < 0.5
+    decision = decide(found, FP16)
+    assert decision.verdict == "fail"
+    assert "worst cosine" in decision.reason
+    floor = float(decision.reason.rsplit("a floor of ", 1)[1].split()[0])
+    assert "worst cosine" not in decide(found, Tolerances(rsum_loss=0.5, worst_cosine=floor)).reason
+
+
+def test_one_turned_embedding_among_many_is_found():
+    before, owner = pairs()
+    images = before[0].copy()
+    images[17] = -images[17]
+    found = compare(before, (images, before[1]), owner)
+    assert found.image_cosine[0] == pytest.approx(-1)
+    assert found.image_cosine[2] == pytest.approx(1)
+    assert found.caption_cosine[0] == pytest.approx(1)
+    assert decide(found, FP16).verdict == "fail"
+
+
+def test_float32_is_decided_by_components_on_any_number_of_pairs():
+    before, owner = pairs(images=3)
+    assert decide(compare(before, before, owner), FP32).verdict == "pass"
+    changed = before[0].copy()
+    changed[1, 4] += 2e-5
+    found = compare(before, (changed, before[1]), owner)
+    assert found.largest_difference == pytest.approx(2e-5, rel=0.01)
+    decision = decide(found, FP32)
+    assert decision.verdict == "fail"
+    would_pass = float(decision.reason.rsplit("a tolerance of ", 1)[1].split()[0])
+    again = Tolerances(rsum_loss=0.1, worst_cosine=0.999, component=would_pass)
+    assert decide(found, again).verdict == "pass"
+
+
+@pytest.mark.parametrize(("images", "verdict"), [(199, "too few pairs"), (200, "pass")])
+def test_too_few_images_for_one_flip_to_matter_less_than_the_tolerance(images, verdict):
+    before, owner = pairs(images=images)
+    decision = decide(compare(before, before, owner), FP16)
+    assert decision.verdict == verdict
+    if verdict == "too few pairs":
+        assert decision.pairs_needed == 200
+        assert "about 200 images are needed" in decision.reason
+
+
+def test_a_loss_that_cannot_be_told_from_the_tolerance_asks_for_more_pairs():
+    before, owner = pairs(noise=1.2)
+    for amount in np.linspace(0.005, 0.1, 40):
+        found = compare(before, jittered(before, amount), owner)
+        if found.rsum_loss <= LOOSE.rsum_loss < found.bound:
+            break
+    decision = decide(found, LOOSE)
+    assert decision.verdict == "too few pairs"
+    assert decision.pairs_needed is not None
+    assert decision.pairs_needed > 250
+    assert str(decision.pairs_needed) in decision.reason
+    wide = Tolerances(rsum_loss=math.ceil(found.bound * 100) / 100, worst_cosine=-1.0)
+    assert decide(found, wide).verdict == "pass"
+
+
+def test_the_bound_is_the_same_every_time():
+    before, owner = pairs()
+    after = jittered(before, 0.05)
+    first, second = (compare(before, after, owner) for _ in range(2))
+    assert first == second
+    assert first.bound > first.rsum_loss
+
+
+def test_the_bound_covers_the_loss_and_grows_with_the_damage():
+    before, owner = pairs()
+    found = [compare(before, jittered(before, amount), owner) for amount in (0.0, 0.05, 0.2, 0.8)]
+    bounds = [one.bound for one in found]
+    assert bounds == sorted(bounds)
+    assert all(one.bound >= one.rsum_loss for one in found)
+
+
+def test_the_bound_narrows_with_more_images():
+    spreads = []
+    for images in (50, 800):
+        before, owner = pairs(images=images, dimension=32)
+        found = compare(before, jittered(before, 0.03), owner)
+        spreads.append(found.bound - found.rsum_loss)
+    assert spreads[1] < spreads[0] / 2
+
+
+def test_the_bound_is_a_paired_bootstrap_over_images():
+    """Against another way of counting it: resampled lists of queries, with unequal numbers of captions."""
+    chance = np.random.default_rng(5)
+    counts = chance.integers(1, 6, size=60)
+    before, owner = pairs(images=60, counts=counts)
+    after = jittered(before, 0.15)
+    found = compare(before, after, owner)
+
+    lost = []
+    for images, captions in (before, after):
+        scores = images @ captions.T
+        i2t = np.array([min(rank(scores[i], c) for c in np.flatnonzero(owner == i)) for i in range(60)])
+        t2i = np.array([rank(scores[:, c], owner[c]) for c in range(len(owner))])
+        lost.append((i2t, t2i))
+    (i2t_before, t2i_before), (i2t_after, t2i_after) = lost
+
+    def rsum(i2t, t2i):
+        return sum(100 * np.mean(ranks < k) for ranks in (i2t, t2i) for k in (1, 5, 10))
+
+    assert found.rsum_loss == pytest.approx(rsum(i2t_before, t2i_before) - rsum(i2t_after, t2i_after))
+    losses = []
+    for _ in range(1500):
+        images = chance.integers(0, 60, size=60)
+        captions = np.concatenate([np.flatnonzero(owner == i) for i in images])
+        losses.append(
+            rsum(i2t_before[images], t2i_before[captions]) - rsum(i2t_after[images], t2i_after[captions])
+        )
+    spread = np.quantile(losses, 0.95) - found.rsum_loss
+    assert found.bound - found.rsum_loss == pytest.approx(spread, rel=0.15)
+
+
+def test_flips_have_the_ranks_of_before_and_after():
+    before, owner = pairs(images=40, noise=0.9)
+    after = jittered(before, 0.2)
+    found = compare(before, after, owner)
+    assert found.flips
+    matrices = [images @ captions.T for images, captions in (before, after)]
+    lost = won = 0
+    expected = set()
+    for direction, queries in (("i2t", 40), ("t2i", len(owner))):
+        for query in range(queries):
+            if direction == "i2t":
+                old, new = (min(rank(m[query], c) for c in np.flatnonzero(owner == query)) for m in matrices)
+            else:
+                old, new = (rank(m[:, query], owner[query]) for m in matrices)
+            lost += sum(old < k <= new for k in (1, 5, 10))
+            won += sum(new < k <= old for k in (1, 5, 10))
+            if any((old < k) != (new < k) for k in (1, 5, 10)):
+                expected.add((direction, query, old, new))
+    assert {(f.direction, f.query, f.rank_before, f.rank_after) for f in found.flips} == expected
+    assert (found.hits_lost, found.hits_won) == (lost, won)
+    falls = [flip.rank_after - flip.rank_before for flip in found.flips]
+    assert falls == sorted(falls, reverse=True)
+
+
+def test_agreement_counts_both_directions():
+    """Two images, two captions; after the change one image prefers the other caption."""
+    before = (np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32))
+    after = (unit(np.array([[1.0, 0.0], [1.0, 0.5]])), np.eye(2, dtype=np.float32))
+    found = compare(before, after, np.array([0, 1]))
+    # Images 0 and 1 now both prefer caption 0; caption 0 still prefers image 0, caption 1 still image 1.
+    assert found.same_first == 75
+    assert found.overlap_at_10 == 100
+
+
+def test_overlap_is_of_the_first_ten():
+    chance = np.random.default_rng(2)
+    before, owner = pairs(images=30, counts=[1] * 30)
+    after = tuple(unit(chance.normal(size=one.shape)) for one in before)
+    found = compare(before, after, owner)
+    shares = []
+    for old, new in ((before[0] @ before[1].T, after[0] @ after[1].T), (before[1] @ before[0].T, after[1] @ after[0].T)):
+        shares += [len({*np.argsort(-a)[:10]} & {*np.argsort(-b)[:10]}) / 10 for a, b in zip(old, new, strict=True)]
+    assert found.overlap_at_10 == pytest.approx(100 * np.mean(shares))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_is_refused(bad, when, side):
+    good, owner = pairs(images=5)
+    broken = [one.copy() for one in good]
+    broken[side][2, 3] = bad
+    first, second = (tuple(broken), good) if when == "before" else (good, tuple(broken))
+    with pytest.raises(DualmatchError, match="NaN or infinity"):
+        compare(first, second, owner)
+
+
+def test_a_vector_of_zeros_is_refused():
+    before, owner = pairs()
+    images = before[0].copy()
+    images[9] = 0
+    found = compare(before, (images, before[1]), owner)
+    assert found.worst_cosine == 0
+    assert decide(found, FP16).verdict == "fail"
+
+
+def test_other_shapes_are_refused():
+    before, owner = pairs(images=5)
+    with pytest.raises(DualmatchError, match="images are"):
+        compare(before, (before[0][:4], before[1]), owner)
+    with pytest.raises(DualmatchError, match="captions are"):
+        compare(before, (before[0], before[1][:, :8]), owner)
+    with pytest.raises(DualmatchError):
+        compare(before, before, owner + 1)
+
+
+def test_a_comparison_becomes_json():
+    import json
+
+    before, owner = pairs(images=60, noise=1.0)
+    found = compare(before, jittered(before, 0.5), owner)
+    assert len(found.flips) > 20
+    values = json.loads(json.dumps(found.to_json()))
+    assert len(values["flips"]) == 20
+    assert values["before"]["rsum"] == found.before.rsum
+    assert values["bound"] == found.bound
+
+
+def test_the_default_tolerances_are_the_ones_that_are_promised():
+    assert parity.TOLERANCES["fp16"].rsum_loss == 0.5
+    assert parity.TOLERANCES["fp32"].component == 1e-5
