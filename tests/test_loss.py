@@ -90,7 +90,7 @@ def test_hinge_by_hand():
 def test_hinge_with_several_captions(hardest, tied):
     similarity = scores(4, 7, seed=3, tied=tied)
     ours = hinge_loss(similarity, OWNER, hardest=hardest).item()
-    assert ours == pytest.approx(loop_hinge(similarity.tolist(), OWNER.tolist(), 0.2, hardest=hardest))
+    assert ours == pytest.approx(loop_hinge(similarity.numpy(), OWNER.tolist(), 0.2, hardest=hardest))
 
 
 def test_infonce_square_is_cross_entropy_both_ways():
@@ -102,7 +102,7 @@ def test_infonce_square_is_cross_entropy_both_ways():
 def test_infonce_with_several_captions():
     similarity = scores(4, 7, seed=4)
     ours = infonce_loss(similarity, OWNER, temperature=0.3).item()
-    assert ours == pytest.approx(loop_infonce(similarity.tolist(), OWNER.tolist(), 0.3))
+    assert ours == pytest.approx(loop_infonce(similarity.numpy(), OWNER.tolist(), 0.3))
 
 
 @pytest.mark.parametrize("kind", ["hinge", "infonce"])
@@ -125,8 +125,8 @@ def test_captions_of_the_same_image_are_no_negatives(kind, hardest):
 
     def by_loop(same):
         if kind == "hinge":
-            return loop_hinge(similarity.tolist(), owner.tolist(), 0.2, hardest=hardest, same=same)
-        return loop_infonce(similarity.tolist(), owner.tolist(), 0.2, same=same)
+            return loop_hinge(similarity.numpy(), owner.tolist(), 0.2, hardest=hardest, same=same)
+        return loop_infonce(similarity.numpy(), owner.tolist(), 0.2, same=same)
 
     assert matching_loss(similarity, owner, ids, masked, epoch=0).item() == pytest.approx(by_loop(same))
     assert matching_loss(similarity, owner, ids, counted, epoch=0).item() == pytest.approx(by_loop(()))

