@@ -7,14 +7,18 @@ Start with `dsran.py`, which uses everything else here.
 from .authors import from_authors
 from .config import DsranConfig, RegionConfig, TextConfig, TrunkConfig
 from .dsran import DSRAN, ImageEncoder, TextEncoder
+from .vsrn import VSRN
+from .vsrn_config import VsrnConfig
 
 __all__ = [
     "DSRAN",
+    "VSRN",
     "DsranConfig",
     "ImageEncoder",
     "RegionConfig",
     "TextConfig",
     "TextEncoder",
     "TrunkConfig",
+    "VsrnConfig",
     "from_authors",
 ]

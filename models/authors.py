@@ -1,6 +1,6 @@
 """The authors' checkpoints as our networks: the one place where their files, options and tensor names enter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from dualmatch.runtime.errors import DualmatchError
 
+from . import authors_vsrn
 from .authors_dsran import DsranNames, config_from_authors, joint_graphs_of, variant_of
 from .authors_files import read_torch_file
 from .dsran import DSRAN
 from .trunks import ResNet152
+from .vsrn import VSRN
 
 State = Mapping[str, Tensor]
 
@@ -61,18 +63,22 @@ def read_checkpoint(path: Path) -> AuthorsCheckpoint:
     )
 
 
-def from_authors(path: Path, *, num_bert_heads: int | None = None) -> DSRAN:
+def from_authors(path: Path, *, num_bert_heads: int | None = None) -> DSRAN | VSRN:
     """The network of an authors' checkpoint, in evaluation mode, float32, its trunk included where the file holds one.
 
     Args:
         num_bert_heads: see `config_from_authors`.
 
     Raises:
-        DualmatchError: the file cannot be read, is no DSRAN, or lacks a tensor.
+        DualmatchError: the file cannot be read, is neither a DSRAN nor a VSRN, or lacks a tensor.
     """
     checkpoint = read_checkpoint(path)
+    if len(checkpoint.states) == 2:
+        return vsrn_from_authors(checkpoint.opt, checkpoint.states, source=str(path))
     if len(checkpoint.states) != 1:
-        raise DualmatchError(f"{path} holds {len(checkpoint.states)} state dicts; a DSRAN checkpoint holds one.")
+        raise DualmatchError(
+            f"{path} holds {len(checkpoint.states)} state dicts; a DSRAN checkpoint holds one, a VSRN checkpoint two."
+        )
     return dsran_from_authors(checkpoint.opt, checkpoint.states[0], source=str(path), num_bert_heads=num_bert_heads)
 
 
@@ -91,7 +97,23 @@ def dsran_from_authors(
         renamed = {names.ours_from_authors(name): value for name, value in state.items() if not names.is_unused(name)}
         # The trunk is the checkpoint's own: its BatchNorm statistics went on moving in the authors' training.
         model = DSRAN(config, ResNet152() if config.trunk.feature_dim == 0 else None)
-        _load(model, renamed, names)
+        _load(model, renamed, names.authors_from_ours)
+    except DualmatchError as error:
+        raise DualmatchError(f"{source}: {error}") from None
+    return model.eval()
+
+
+def vsrn_from_authors(opt: Mapping[str, Any], states: tuple[State, ...], *, source: str) -> VSRN:
+    """As `from_authors`, from options and the two state dicts in memory, images first; `module.` before names is accepted.
+
+    Raises:
+        DualmatchError: see `from_authors`; messages begin with `source`.
+    """
+    states = tuple(_without_module(state) for state in states)
+    try:
+        model = VSRN(authors_vsrn.config_from_authors(opt, states))
+        num_layers = model.config.num_relation_layers
+        _load(model, authors_vsrn.renamed(states, model), lambda n: authors_vsrn.authors_from_ours(n, num_layers))
     except DualmatchError as error:
         raise DualmatchError(f"{source}: {error}") from None
     return model.eval()
@@ -108,19 +130,17 @@ def _without_module(state: State) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _load(model: nn.Module, state: State, names: DsranNames) -> None:
+def _load(model: nn.Module, state: State, authors_name: Callable[[str], str]) -> None:
     own = model.state_dict()
     # BatchNorm's counters came with PyTorch 0.4.1 and enter no result.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     if missing:
-        raise DualmatchError(
-            f"the checkpoint lacks {len(missing)} tensors, the first {names.authors_from_ours(missing[0])!r}."
-        )
+        raise DualmatchError(f"the checkpoint lacks {len(missing)} tensors, the first {authors_name(missing[0])!r}.")
     for name, value in state.items():
         if name not in own:
-            raise DualmatchError(f"the checkpoint holds {names.authors_from_ours(name)!r}, which the network has not.")
+            raise DualmatchError(f"the checkpoint holds {authors_name(name)!r}, which the network has not.")
         if value.shape != own[name].shape:
             raise DualmatchError(
-                f"the tensor {names.authors_from_ours(name)!r} has shape {list(value.shape)}, the network needs {list(own[name].shape)}."
+                f"the tensor {authors_name(name)!r} has shape {list(value.shape)}, the network needs {list(own[name].shape)}."
             )
     model.load_state_dict(state, strict=False)

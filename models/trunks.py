@@ -163,8 +163,11 @@ def preprocess_of(config: TrunkConfig, resize: str) -> Preprocess:
     Args:
         resize: `squash` (the whole photograph) or `crop` (shorter side to 256/224 of the input, then the centre).
     """
-    mean, std = (HALF_MEAN, HALF_STD) if config.name == "efficientnet-lite0" else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocess(image_size=config.image_size, resize=resize, mean=mean, std=std)  # type: ignore[arg-type]
+    if config.name == "efficientnet-lite0":
+        mean, std, interpolation = HALF_MEAN, HALF_STD, "bicubic"
+    else:
+        mean, std, interpolation = IMAGENET_MEAN, IMAGENET_STD, "bilinear"
+    return Preprocess(image_size=config.image_size, resize=resize, mean=mean, std=std, interpolation=interpolation)  # type: ignore[arg-type]
 
 
 def map_size(config: TrunkConfig, stage: str) -> int:

@@ -177,7 +177,9 @@ def _manifest(values: Any, path: Path) -> Manifest:
     if set(manifest.encoders) != {"image", "text"}:
         raise DualmatchError(f"{path} must describe the encoders image and text, it has {sorted(manifest.encoders)}.")
     if manifest.preprocessing is None and any(spec.name == "pixels" for spec in manifest.encoders["image"].inputs):
-        raise DualmatchError(f"{path} does not say how photographs become pixels; the bundle is damaged, export it again.")
+        raise DualmatchError(
+            f"{path} does not say how photographs become pixels; the bundle is damaged, export it again."
+        )
     for needed in (
         "tokenizer.json",
         "parity.safetensors",

@@ -27,15 +27,22 @@ class Preprocess:
         resize: `squash` scales the whole photograph to S x S; `crop` scales its shorter side to S * 256 / 224 and cuts the centre
             S x S (the DSRAN authors' evaluation transform).
         mean, std: per channel, on values in [0, 1].
+        interpolation: of the resizing, on Pillow's images, antialiased when shrinking; what the trunk was trained with.
     """
 
     image_size: int
     resize: Literal["squash", "crop"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @property
+    def resampling(self) -> Image.Resampling:
+        """Pillow's name of the interpolation."""
+        return Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR
 
     def __call__(self, image: ImageLike) -> NDArray[np.float32]:
-        """Decode, orient by EXIF, convert to RGB, resize bilinearly with antialiasing, normalise: (3, S, S) float32.
+        """Decode, orient by EXIF, convert to RGB, resize, normalise: (3, S, S) float32.
 
         Raises:
             DualmatchError: the image cannot be read.
@@ -46,12 +53,12 @@ class Preprocess:
         """The RGB image scaled (and cut) to S x S."""
         size = self.image_size
         if self.resize == "squash":
-            return image.resize((size, size), Image.Resampling.BILINEAR)
+            return image.resize((size, size), self.resampling)
         short = size * 256 // 224
         width, height = image.size
         # The longer side is truncated and the offset rounded, as torchvision's Resize and CenterCrop do.
         scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        image = image.resize(scaled, Image.Resampling.BILINEAR)
+        image = image.resize(scaled, self.resampling)
         left, top = round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0)
         return image.crop((left, top, left + size, top + size))
 

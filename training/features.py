@@ -43,7 +43,7 @@ def augmented(image: Image.Image, preprocess: Preprocess, chance: random.Random,
             left, top = chance.randint(0, width - wide), chance.randint(0, height - high)
             break
     size = (preprocess.image_size, preprocess.image_size)
-    view = image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + wide, top + high))
+    view = image.resize(size, preprocess.resampling, box=(left, top, left + wide, top + high))
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else view
 
 
@@ -58,7 +58,7 @@ class MapCache:
     def __init__(
         self, folder: Path, trunk: nn.Module, stages: Sequence[str], preprocess: Preprocess, *, min_area: float
     ) -> None:
-        self.trunk = trunk
+        self.trunk = trunk.eval()
         self.stages = tuple(stages)
         self.preprocess = preprocess
         self.min_area = min_area
@@ -112,7 +112,7 @@ class MapCache:
 
 
 class WordCache:
-    """Word features of a frozen BERT for a list of captions, in memory, backed by one file."""
+    """Word features of a frozen BERT for a list of captions, in memory, backed by one file; for the masked policy, where padding has no say."""
 
     def __init__(
         self,
@@ -123,10 +123,13 @@ class WordCache:
         *,
         progress: Progress = no_progress,
     ) -> None:
-        words = model.text_encoder.words
+        assert model.config.pad_policy == "masked"
+        words = (
+            model.text_encoder.words.eval()
+        )  # without it, a network just built would write dropout's noise into the cache
         self.ids = tokenizer.ids(captions)
         self._starts = np.concatenate([[0], np.cumsum([len(one) for one in self.ids])])
-        key = f"{hash_of_weights(words)}|{model.config.pad_policy}|{tokenizer.options}|{sha256_of_bytes(repr(self.ids).encode())}"
+        key = f"{hash_of_weights(words)}|{tokenizer.options}|{sha256_of_bytes(repr(self.ids).encode())}"
         path = folder / f"words-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         if path.is_file():
             self._features = np.load(path)

@@ -17,17 +17,17 @@ HERE = Path(__file__).parent
 KINDS: dict[str, str | None] = {
     "checkpoints": None,
     "dsran_bert": None,
-    "dsran_bert_tokens": "the authors' WordPiece cut is not compared yet",
+    "dsran_bert_tokens": None,
     "dsran_gru": None,
-    "dsran_gru_collate": "the authors' collation is not compared yet",
-    "dsran_region_data": "the authors' position features are not compared yet",
+    "dsran_gru_collate": None,
+    "dsran_region_data": None,
     "fold5": None,
     "full_size": "models of the papers' size are not compared yet",
     "recall": None,
     "recall_vsrn": None,
     "rerank": None,
-    "vsrn": "VSRN is not compared yet",
-    "vsrn_precomp_dataset": "VSRN's data code is not compared yet",
+    "vsrn": None,
+    "vsrn_precomp_dataset": None,
 }
 
 

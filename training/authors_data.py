@@ -1,0 +1,110 @@
+"""What the authors' data code does between files and networks: order, padding, word pieces, position features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.nn.functional import layer_norm
+
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.tokenizer import PAD_ID, TokenizerOptions
+
+UNKNOWN = "[UNK]"
+
+# Exactly 32 ids: a longer caption is cut, its [SEP] with it; a shorter one is padded, and the padding attended.
+BERT_OPTIONS = TokenizerOptions(max_length=32, fixed_length=32, keep_last_special=False)
+# Words have no limit; the authors pad to the longest caption of the batch.
+WORD_OPTIONS = TokenizerOptions(max_length=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collated:
+    """A batch in the authors' order.
+
+    Attributes:
+        order: (captions,) int64: the place that each row had before sorting.
+        token_ids: (captions, longest) int64, padded with 0 at the end.
+        lengths: (captions,) int64, descending.
+    """
+
+    order: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+def collate(captions: Sequence[Sequence[int]]) -> Collated:
+    """Sort a batch by length, longest first, equal ones as they came, and pad to the longest, as both authors' GRU code does.
+
+    Args:
+        captions: token ids of each caption, specials included.
+
+    Raises:
+        DualmatchError: no captions.
+    """
+    if not captions:
+        raise DualmatchError("a batch needs at least one caption.")
+    order = sorted(range(len(captions)), key=lambda row: -len(captions[row]))
+    lengths = [len(captions[row]) for row in order]
+    token_ids = np.full((len(captions), lengths[0]), PAD_ID, dtype=np.int64)
+    for row, source in enumerate(order):
+        token_ids[row, : lengths[row]] = captions[source]
+    return Collated(order=np.array(order), token_ids=token_ids, lengths=np.array(lengths))
+
+
+def bert_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
+    """WordPiece as DSRAN-BERT cuts captions: lower case, accents off, punctuation apart, at most 100 characters a word.
+
+    Args:
+        vocabulary: the lines of BERT's vocab.txt, whose place is the id.
+
+    Raises:
+        DualmatchError: a special piece is missing, or [PAD] is not the first.
+    """
+    ids = {piece: index for index, piece in enumerate(vocabulary)}
+    if missing := [special for special in (UNKNOWN, "[CLS]", "[SEP]") if special not in ids]:
+        raise DualmatchError(f"the WordPiece vocabulary lacks {', '.join(missing)}.")
+    if ids.get("[PAD]") != PAD_ID:
+        raise DualmatchError(f"the WordPiece vocabulary must begin with [PAD]; it begins with {vocabulary[0]!r}.")
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(piece, ids[piece]) for piece in ("[CLS]", "[SEP]")]
+    )
+    return tokenizer
+
+
+def position_features(boxes: NDArray[np.floating], class_probabilities: NDArray[np.floating]) -> NDArray[np.float32]:
+    """What DSRAN-BERT embeds beside a region's feature: six numbers of the box, then the detector's class probabilities.
+
+    The authors take the farthest box edges for the image's size, and normalise the six and the probabilities each by themselves.
+
+    Args:
+        boxes: (regions, 6): x1 y1 x2 y2 in pixels, a class (unused), a score. All boxes of the image: they set the scale.
+        class_probabilities: (regions, classes); 1601 in the authors' files.
+
+    Returns:
+        (regions, 6 + classes) float32.
+
+    Raises:
+        DualmatchError: the shapes do not fit each other.
+    """
+    if boxes.ndim != 2 or boxes.shape[1] != 6 or not len(boxes):
+        raise DualmatchError(f"boxes must be (regions, 6): x1 y1 x2 y2 class score; they are {list(boxes.shape)}.")
+    if class_probabilities.ndim != 2 or len(class_probabilities) != len(boxes):
+        raise DualmatchError(
+            f"class probabilities must be (regions, classes) for {len(boxes)} boxes; they are {list(class_probabilities.shape)}."
+        )
+    corners_R4 = torch.from_numpy(boxes[:, :4].astype(np.float32))
+    score_R1 = torch.from_numpy(boxes[:, 5:].astype(np.float32))
+    size = corners_R4.reshape(-1, 2).amax(dim=0) + 1e-5  # width, height
+    corners_R4 = corners_R4 / size.repeat(2)
+    x1, y1, x2, y2 = corners_R4.unbind(1)
+    area_R1 = ((y2 - y1) * (x2 - x1)).clamp(min=0)[:, None]
+    six_R6 = torch.cat([corners_R4, area_R1, score_R1], dim=1)
+    classes_RC = torch.from_numpy(class_probabilities.astype(np.float32))
+    both = [layer_norm(part, part.shape[1:]) for part in (six_R6, classes_RC)]
+    return torch.cat(both, dim=1).numpy()
