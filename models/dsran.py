@@ -12,7 +12,7 @@ from dualmatch.runtime.errors import DualmatchError
 
 from .config import DsranConfig, RegionConfig
 from .graph_attention import GatedFusion, GraphAttention
-from .pooling import box_geometry, box_pooling_weights, grid_boxes, l2_normalise, mean_over_nodes, pyramid_boxes
+from .pooling import box_geometry, box_pooling_weights, grid_boxes, l2_normalise, last_node, mean_over_nodes, pyramid_boxes
 from .text import PAD_ID, build_words
 from .trunks import CHANNELS, map_size
 
@@ -257,7 +257,11 @@ class TextEncoder(nn.Module):
         mask = mask_BT if self.config.pad_policy == "masked" else None
         if self.caption_graph is not None:
             nodes_BTD = self.caption_graph(nodes_BTD, mask)
-        return l2_normalise(mean_over_nodes(nodes_BTD, mask), self.config.l2_epsilon)
+        if self.config.text.pooling == "last":
+            vectors_BD = last_node(nodes_BTD, mask_BT)
+        else:
+            vectors_BD = mean_over_nodes(nodes_BTD, mask)
+        return l2_normalise(vectors_BD, self.config.l2_epsilon)
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """As usual, but a frozen word encoder stays in evaluation mode."""

@@ -24,6 +24,12 @@ def mean_over_nodes(nodes_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
     return (nodes_BND * weights_BN1).sum(dim=1) / weights_BN1.sum(dim=1)
 
 
+def last_node(nodes_BND: Tensor, mask_BN: Tensor) -> Tensor:
+    """The last node that `mask_BN` keeps, (B, D); those kept stand first. Of a row without any it is the first."""
+    last_B11 = (mask_BN.sum(dim=1) - 1).clamp(min=0)[:, None, None]
+    return nodes_BND.gather(1, last_B11.expand(-1, 1, nodes_BND.shape[2])).squeeze(1)
+
+
 def pyramid_boxes(levels: Sequence[int]) -> Tensor:
     """Boxes of a multi-scale pyramid, largest first: level n holds n x n boxes of side 2/(n+1) that overlap by half.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph_attention import NodeNorm
-from .pooling import l2_normalise, mean_over_nodes
+from .pooling import l2_normalise, last_node, mean_over_nodes
 from .text import PAD_ID, GruWords, build_words
 from .vsrn_config import Measure, VsrnConfig
 
@@ -114,9 +114,7 @@ class VsrnTextEncoder(nn.Module):
         """Embeddings (B, E), of unit norm, from ids (B, T) padded with 0 at the end."""
         mask_BT = token_ids != PAD_ID
         words_BTE = self.words(token_ids, mask_BT)
-        last_B11 = (mask_BT.sum(dim=1) - 1).clamp(min=0)[:, None, None]
-        vectors_BE = words_BTE.gather(1, last_B11.expand(-1, 1, words_BTE.shape[2])).squeeze(1)
-        vectors_BE = l2_normalise(vectors_BE, self.config.l2_epsilon)
+        vectors_BE = l2_normalise(last_node(words_BTE, mask_BT), self.config.l2_epsilon)
         return vectors_BE.abs() if self.config.absolute else vectors_BE
 
 

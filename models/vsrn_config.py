@@ -64,7 +64,7 @@ class VsrnConfig:
         absolute: both embeddings are made non-negative (`--use_abs`), as order embeddings want them.
         measure: similarity of two embeddings: their product, or the order measure -‖max(0, caption - image)‖.
         l2_epsilon: least norm wherever vectors are normalised; the authors have none, so that zeros become NaN.
-        text: the word embedding and its GRU; `normalise_tokens` has no effect, for the one state that is read is normalised anyway.
+        text: the word embedding and its GRU, whose last state is read whatever `pooling` says and normalised whatever `normalise_tokens` says.
         captioning: the branch that training adds.
     """
 

@@ -100,7 +100,7 @@ class Bundle:
 
     Attributes:
         path: the directory.
-        hash: SHA-256 of the manifest's identity (everything but the engines, which belong to one machine): what galleries name.
+        hash: SHA-256 of the manifest (everything but the engines, which belong to one machine): what galleries name.
     """
 
     path: Path
@@ -139,15 +139,17 @@ def load_bundle(path: str | Path) -> Bundle:
     manifest = _manifest(values, manifest_path)
     for name, entry in manifest.files.items():
         _check_file(folder, name, entry)
-    return Bundle(path=folder, manifest=manifest, hash=bundle_hash(manifest))
+    return Bundle(path=folder, manifest=manifest, hash=bundle_hash(values))
 
 
-def bundle_hash(manifest: Manifest) -> str:
-    """SHA-256 of the manifest without its engines and their files: compiling an engine leaves galleries valid."""
-    values = asdict(manifest)
-    del values["engines"]
-    values["files"] = {name: entry for name, entry in values["files"].items() if not name.startswith("engines/")}
-    return sha256_of_bytes(json.dumps(values, sort_keys=True).encode())
+def bundle_hash(values: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's JSON values without its engines and their files: compiling an engine leaves galleries valid.
+
+    Of the values as written, not of a `Manifest`: an option that a later release adds must not change what galleries name.
+    """
+    own = {name: entry for name, entry in values["files"].items() if not name.startswith("engines/")}
+    identity = {name: value for name, value in values.items() if name != "engines"} | {"files": own}
+    return sha256_of_bytes(json.dumps(identity, sort_keys=True).encode())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -51,8 +51,7 @@ def dualmatch(*arguments: object) -> Finished:
         try:
             main()
         except SystemExit as stop:
-            assert stop.code is None or isinstance(stop.code, int)
-            code = stop.code or 0
+            code = int(stop.code or 0)
     return Finished(code, out.getvalue(), err.getvalue())
 
 

@@ -77,11 +77,11 @@ def test_evaluate_checkpoint_saves_what_it_ranked(demo, small_run, tmp_path):
     assert again.rsum == pytest.approx(found["rsum"])
 
 
-def test_verify(demo):
-    finished = done("runtime", "verify", demo.bundle)
-    assert "PASS: " in finished.out
-    assert re.search(r"image encoder on CPUExecutionProvider: samples differ by at most \d", finished.out)
-    assert "protocol: split train, val, test: 2200 images" in finished.out
+def test_verify(small_bundle, small_run):
+    out = done("runtime", "verify", small_bundle, "--data", small_run.data).out
+    assert "PASS: " in out
+    assert re.search(r"image encoder on CPUExecutionProvider: samples differ by at most \d", out)
+    assert "protocol: split train, val, test: 52 images, 260 captions" in out
 
 
 def test_verify_as_json(small_bundle, small_run):
@@ -184,11 +184,16 @@ def test_compile(small_bundle, tmp_path):
     before = load_bundle(bundle)
     options = ("--flavour", "tensorrt-rtx", "--profile", "latency", "--profile", "1:4:8", "--length", "1:8:20")
     records = done("compile", bundle, *options, "--json").json
-    assert [record["file"] for record in records] == [f"engines/{n}_encoder.tensorrt-rtx.engine" for n in ("image", "text")]
+    assert [record["file"] for record in records] == [
+        f"engines/{n}_encoder.tensorrt-rtx.engine" for n in ("image", "text")
+    ]
     after = load_bundle(bundle)
     assert after.hash == before.hash
     assert list(after.manifest.engines) == records
-    assert everything_in(bundle / "engines") == {"image_encoder.tensorrt-rtx.engine", "text_encoder.tensorrt-rtx.engine"}
+    assert everything_in(bundle / "engines") == {
+        "image_encoder.tensorrt-rtx.engine",
+        "text_encoder.tensorrt-rtx.engine",
+    }
     done("compile", bundle, *options)
     assert len(load_bundle(bundle).manifest.engines) == 2
     data = bytearray((bundle / records[1]["file"]).read_bytes())
@@ -218,7 +223,16 @@ def test_train_lists_its_recipes():
 def test_train_and_resume_from_the_command_line(small_run, tmp_path):
     from .demo_fixture import SMALL
 
-    words = ("train", "scenes-dsran-gru", "--data", small_run.data, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    words = (
+        "train",
+        "scenes-dsran-gru",
+        "--data",
+        small_run.data,
+        "--out",
+        tmp_path / "run",
+        "--cache",
+        tmp_path / "cache",
+    )
     settings = [part for setting in SMALL for part in ("--set", setting)]
     assert "best epoch 1" in done(*words, *settings).out
     assert "exists already" in dualmatch(*words, *settings).err
@@ -346,7 +360,9 @@ def test_a_gallery_of_another_bundle(small_bundle, small_run, photos, place, tmp
     assert "was encoded by bundle" in refused(*search, "--bundle", other)
     similarity = ("runtime", "similarity", place / "images", place / "captions", "--out", place / "sims.npy")
     assert "was encoded by bundle" in refused(*similarity)
-    assert "one of captions" in refused("runtime", "similarity", place / "images", place / "images", "--out", place / "s")
+    assert "one of captions" in refused(
+        "runtime", "similarity", place / "images", place / "images", "--out", place / "s"
+    )
     assert everything_in(place) & {"sims.npy", "sims.json", "s.npy"} == set()
 
 

@@ -49,7 +49,8 @@ def test_it_ends_with_one_table(demo):
     assert "Traceback" not in demo.output
 
 
-def test_a_second_run_uses_the_finished_training_and_gives_the_same_bundle(demo, tmp_path_factory):
+@pytest.mark.slow
+def test_a_second_run_uses_the_finished_training_and_gives_the_same_bundle(demo):
     """Where the demo is this session's own: it is run again over itself, as a user would."""
     if not demo.output:
         pytest.skip("not run: only over a demo of this session")

@@ -31,9 +31,7 @@ def run(small_run):
 def with_encoder(bundle, name, **changes):
     """The bundle with another entry for one encoder."""
     entry = replace(bundle.manifest.encoders[name], **changes)
-    return replace(
-        bundle, manifest=replace(bundle.manifest, encoders={**bundle.manifest.encoders, name: entry})
-    )
+    return replace(bundle, manifest=replace(bundle.manifest, encoders={**bundle.manifest.encoders, name: entry}))
 
 
 def test_images_are_encoded_as_in_torch(bundle, run, small_run):
@@ -183,7 +181,13 @@ def region_bundle(bundle, exported, tmp_path):
 
     inputs, outputs = specs(graph.model.graph.input), specs(graph.model.graph.output)
     entry = EncoderEntry(
-        file="image_encoder.onnx", precision="fp32", opset=20, inputs=inputs, outputs=outputs, tolerance=1e-5, measured=0.0
+        file="image_encoder.onnx",
+        precision="fp32",
+        opset=20,
+        inputs=inputs,
+        outputs=outputs,
+        tolerance=1e-5,
+        measured=0.0,
     )
     manifest = replace(
         bundle.manifest, preprocessing=None, encoders={"image": entry, "text": bundle.manifest.encoders["text"]}

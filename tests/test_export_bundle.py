@@ -103,7 +103,12 @@ def through_large_numbers(model):
         node.input[:] = ["restored" if one == name else one for one in node.input]
     for scale, values in (("up", 1e3), ("down", 1e-3)):
         graph.initializer.append(numpy_helper.from_array(np.float32(values), scale))
-    chain = [("up", name, "large"), ("up", "large", "larger"), ("down", "larger", "smaller"), ("down", "smaller", "restored")]
+    chain = [
+        ("up", name, "large"),
+        ("up", "large", "larger"),
+        ("down", "larger", "smaller"),
+        ("down", "smaller", "restored"),
+    ]
     nodes = [helper.make_node("Mul", [source, scale], [target]) for scale, source, target in chain]
     kept = list(graph.node)
     del graph.node[:]
@@ -170,7 +175,9 @@ def test_the_checks_are_on_shapes_other_than_the_traced_one(run, small_run):
 @pytest.mark.parametrize("damage", [turned_round, perturbed])
 def test_a_damaged_weight_is_refused(damage, file, run, small_run, exports_of, out):
     exports_of(only_in(file, damage))
-    with pytest.raises(DualmatchError, match=rf"{file}_encoder\.onnx at fp32 differs from torch by .* would have passed"):
+    with pytest.raises(
+        DualmatchError, match=rf"{file}_encoder\.onnx at fp32 differs from torch by .* would have passed"
+    ):
         export_run(run, small_run.dataset, out)
     assert nothing_left(out)
 
@@ -235,7 +242,7 @@ def test_the_same_graph_passes_at_fp32(run, small_run, exports_of, out):
 
 def test_too_few_pairs_are_refused_unless_unverified(run, small_run, exports_of, out):
     exports_of()
-    with pytest.raises(GateRefusedError, match="about 200 images are needed .*--unverified") as found:
+    with pytest.raises(GateRefusedError, match=r"about 200 images are needed .*--unverified") as found:
         export_run(run, small_run.dataset, out, precision="fp16")
     assert found.value.verification.decision.pairs_needed == 200
     assert nothing_left(out)

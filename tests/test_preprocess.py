@@ -11,7 +11,18 @@ from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.preprocess import Preprocess, open_rgb
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES = [(500, 375), (375, 500), (333, 500), (500, 333), (256, 256), (224, 224), (100, 80), (1000, 97), (97, 1000), (257, 256)]
+SIZES = [
+    (500, 375),
+    (375, 500),
+    (333, 500),
+    (500, 333),
+    (256, 256),
+    (224, 224),
+    (100, 80),
+    (1000, 97),
+    (97, 1000),
+    (257, 256),
+]
 
 
 def photograph(width=60, height=40, mode="RGB", seed=0):
@@ -34,8 +45,8 @@ def authors_transform(image):
     else:
         new_width, new_height = int(256 * width / height), 256
     pixels = np.asarray(image.resize((new_width, new_height), Image.BILINEAR))
-    top = int(round((new_height - 224) / 2.0))
-    left = int(round((new_width - 224) / 2.0))
+    top = round((new_height - 224) / 2.0)
+    left = round((new_width - 224) / 2.0)
     pixels = pixels[top : top + 224, left : left + 224]
     channels = [(pixels[..., c] / 255.0 - MEAN[c]) / STD[c] for c in range(3)]
     return np.stack(channels)
@@ -63,6 +74,22 @@ def test_squash_scales_the_whole_photograph(image_size):
     wanted = np.asarray(image.resize((image_size, image_size), Image.BILINEAR)).astype(np.float64)
     wanted = ((wanted / 255 - MEAN) / STD).transpose(2, 0, 1)
     np.testing.assert_allclose(chosen(image), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_interpolation_is_the_one_that_was_asked_for(resize):
+    image = photograph(500, 375)
+    got = {
+        name: Preprocess(image_size=64, resize=resize, mean=MEAN, std=STD, interpolation=name)(image)
+        for name in ("bilinear", "bicubic")
+    }
+    if resize == "squash":
+        wanted = np.asarray(image.resize((64, 64), Image.BICUBIC)).astype(np.float64)
+    else:
+        wanted = np.asarray(image.resize((97, 73), Image.BICUBIC).crop((16, 4, 80, 68))).astype(np.float64)
+    wanted = ((wanted / 255 - MEAN) / STD).transpose(2, 0, 1)
+    np.testing.assert_allclose(got["bicubic"], wanted, atol=2e-6)
+    assert np.abs(got["bicubic"] - got["bilinear"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 320])

@@ -225,7 +225,9 @@ def test_verify_without_photographs_does_not_pass(bundle):
 
 def test_verify_notices_other_preprocessing(bundle, small_run):
     """The graphs and their samples are intact; only what feeds them changed."""
-    crop = replace(bundle, manifest=replace(bundle.manifest, preprocessing=replace(bundle.manifest.preprocessing, resize="crop")))
+    crop = replace(
+        bundle, manifest=replace(bundle.manifest, preprocessing=replace(bundle.manifest.preprocessing, resize="crop"))
+    )
     found = verify(crop, small_run.dataset)
     assert max(found.samples.values()) < 1e-5
     assert found.decision.verdict == "fail"
@@ -260,7 +262,9 @@ def test_the_reference_survives_writing_and_reading(bundle, tmp_path):
     assert (again.data, again.split) == (reference.data, reference.split)
 
 
-@pytest.mark.parametrize("damage", ["cut tensors", "no sample", "a caption less", "an image less", "not json", "no texts", "owner"])
+@pytest.mark.parametrize(
+    "damage", ["cut tensors", "no sample", "a caption less", "an image less", "not json", "no texts", "owner"]
+)
 def test_a_reference_that_does_not_fit_itself(damage, bundle, tmp_path):
     reference = read_reference(bundle.path)
     if damage == "a caption less":

@@ -73,12 +73,12 @@ def read_glove(path: Path, words: Collection[str], *, dim: int) -> dict[str, NDA
 
 def _vector(numbers: bytes, place: str, word: str) -> NDArray[np.float32]:
     try:
-        vector = np.array([float(number) for number in numbers.split(b" ")], dtype=np.float32)
+        vector = np.array([float(number) for number in numbers.split(b" ")])
     except ValueError:
         raise DualmatchError(f"{place}: what follows {word!r} is not all numbers.") from None
-    if not np.isfinite(vector).all():
+    if not (np.abs(vector) <= np.finfo(np.float32).max).all():
         raise DualmatchError(f"{place}: the vector of {word!r} is not finite in float32.")
-    return vector
+    return vector.astype(np.float32)
 
 
 def _simplified(word: str) -> str:

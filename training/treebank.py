@@ -129,7 +129,7 @@ def _sentence_period(abbreviations: Collection[str]) -> str:
     """
     before = r"[\s(\"`{\[:;&#*@)}\]\-,]"  # what Punkt cuts off the front of a word
     known = "".join(rf"|\A{re.escape(one)}\.|{before}{re.escape(one)}\." for one in sorted(abbreviations))
-    short = rf"(?!(?<=\p{{Nd}}\.|\A\p{{L}}\.|{before}\p{{L}}\.){SPACE}+[\p{{Ll}};:,.!?])"
+    short = rf"(?!(?<=\p{{Nd}}\.|\A\p{{L}}\.|{before}\p{{L}}\.){SPACE}+(?:[\p{{Ll}};:,!?]|\.(?!\.)))"
     # A quote between spaces goes to the sentence before it, where NLTK takes it for an opening one: no period is last then.
     opening = rf"(?!{SPACE}+`` (?:{SPACE}|\z))"
     return rf"(?<=[^.])\.(?<!\.\.{known}){short}{opening}(?=[)\";}}\]*:@'({{\[?!{OPENING_QUOTES}{CLOSING_QUOTES}]|{SPACE}+[^\s])"

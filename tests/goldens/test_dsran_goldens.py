@@ -48,11 +48,6 @@ def test_nothing_in_the_case_is_passed_over(case):
     assert FILES <= {path.name for path in case.folder.iterdir()} <= {*FILES, "glove_init.npz", "glove_init.json"}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if (case.folder / "glove_init.npz").exists()], ids=str)
-def test_glove_initialisation(case):
-    pytest.skip(f"not run: {case}: the authors' GloVe initialisation is not compared yet")
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_tensor_is_loaded_or_unused(case):
     loaded = case.network().state_dict()

@@ -147,15 +147,19 @@ class VsrnCase:
 
     @cached_property
     def trained(self) -> "Trained":
-        """Losses and gradients of the authors' training step, all dropout off, before clipping."""
-        model, captioner = self.network().train(), self.captioner().train()
+        """Losses and gradients of the authors' training step, all dropout off, before clipping.
+
+        In float64: BatchNorm in training and the norms over regions make float32 gradients differ in the fourth digit from one way of
+        summing to another, so that only the authors' own rounding is left in the comparison.
+        """
+        model, captioner = self.network().double().train(), self.captioner().double().train()
         for module in (*model.modules(), *captioner.modules()):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        related = model.image_encoder.relate(self.input("regions"))
+        related = model.image_encoder.relate(self.input("regions").double())
         scores = model.similarity(model.image_encoder.summarise(related), model.text_encoder(self.input("captions")))
         retrieval = hinge_loss(scores, margin=self.opt["margin"], hardest=self.opt["max_violation"])
-        caption = captioner.loss(related, self.input("caption_labels"), self.input("caption_masks"))
+        caption = captioner.loss(related, self.input("caption_labels"), self.input("caption_masks").double())
         (retrieval + caption).backward()
         named = [*model.named_parameters(), *((CAPTIONER + n, p) for n, p in captioner.named_parameters())]
         return Trained(

@@ -35,7 +35,9 @@ def token_ids(subject, batch, length, seed=0):
     """Rows of the gate's own captions, each repeated and cut to some length up to `length`; the first fills it."""
     chance = np.random.default_rng(seed)
     with subject.texts() as encoder:
-        captions = encoder.tokenizer.ids([subject.reference.texts[i % len(subject.reference.texts)] for i in range(batch)])
+        captions = encoder.tokenizer.ids(
+            [subject.reference.texts[i % len(subject.reference.texts)] for i in range(batch)]
+        )
     rows = np.zeros((batch, length), dtype=np.int64)
     for number, ids in enumerate(captions):
         own = length if number == 0 else int(chance.integers(1, length + 1))
@@ -124,7 +126,11 @@ def test_embeddings_are_unit_vectors_that_tell_items_apart(encoder, subject):
 @pytest.mark.parametrize("encoder", ["image", "text"])
 def test_the_same_input_gives_the_same_bytes(encoder, subject):
     with subject.images() if encoder == "image" else subject.texts() as opened:
-        feeds = image_inputs(subject, 3) if encoder == "image" else {"token_ids": token_ids(subject, 3, lengths(subject)[-1])}
+        feeds = (
+            image_inputs(subject, 3)
+            if encoder == "image"
+            else {"token_ids": token_ids(subject, 3, lengths(subject)[-1])}
+        )
         first, second = opened.run(feeds), opened.run(feeds)
     np.testing.assert_array_equal(first, second)
 
