@@ -3,11 +3,12 @@
 from typing import Any
 
 from dualmatch.runtime.bundle import Manifest
-from dualmatch.training.recipe import Recipe
+from dualmatch.training.recipe import ForeignRecipe, Recipe
 
 
-def model_card(manifest: Manifest, recipe: Recipe) -> str:
+def model_card(manifest: Manifest, recipe: Recipe | ForeignRecipe) -> str:
     """Markdown."""
+    includes = "**includes the pairs" if isinstance(recipe, Recipe) else "**may include pairs"
     parity = manifest.parity
     comparison = parity["comparison"]
     data = manifest.provenance["data"]
@@ -25,11 +26,11 @@ Two encoders that map photographs and captions to unit vectors of {manifest.embe
 |---|---|---|---|
 {encoders}
 
-Padding policy: `{manifest.pad_policy}`. Opened and served by `dualmatch.runtime`, without torch.
+{_padding(manifest)} Opened and served by `dualmatch.runtime`, without torch.
 
 ## Recall before and after export
 
-Measured on data set `{data["name"]}`, splits {", ".join(data["splits"])}, which **includes the pairs that the network was trained on**: it shows
+Measured on data set `{data["name"]}`, splits {", ".join(data["splits"])}, which {includes} that the network was trained on**: it shows
 that export kept retrieval, not how well the network generalises. Validation Rsum of the checkpoint: {manifest.provenance["val_rsum"]}.
 
 {_recall_table(comparison)}
@@ -40,6 +41,20 @@ Same first answer: {comparison["same_first"]:.2f} %; common among the first ten:
 
 `dualmatch runtime verify BUNDLE --data DATA` repeats this on any machine and backend.
 """
+
+
+def _padding(manifest: Manifest) -> str:
+    fixed = manifest.tokenizer.fixed_length
+    chosen = f"Padding policy: `{manifest.pad_policy}`{f', captions of exactly {fixed} tokens' if fixed else ''}."
+    trained = manifest.provenance.get("reference_padding")
+    if trained is None:
+        return chosen
+    length = (
+        f"to {trained['fixed_length']} tokens"
+        if trained["fixed_length"]
+        else f"in batches of {trained['caption_batch']}"
+    )
+    return f"{chosen} The network was trained with `{trained['pad_policy']}` {length}: the table below says what the change costs."
 
 
 def _recall_table(comparison: dict[str, Any]) -> str:

@@ -72,14 +72,24 @@ def from_authors(path: Path, *, num_bert_heads: int | None = None) -> DSRAN | VS
     Raises:
         DualmatchError: the file cannot be read, is neither a DSRAN nor a VSRN, or lacks a tensor.
     """
-    checkpoint = read_checkpoint(path)
+    return network_from_authors(read_checkpoint(path), source=str(path), num_bert_heads=num_bert_heads)
+
+
+def network_from_authors(
+    checkpoint: AuthorsCheckpoint, *, source: str, num_bert_heads: int | None = None
+) -> DSRAN | VSRN:
+    """As `from_authors`, from a checkpoint that was read.
+
+    Raises:
+        DualmatchError: see `from_authors`; messages begin with `source`.
+    """
     if len(checkpoint.states) == 2:
-        return vsrn_from_authors(checkpoint.opt, checkpoint.states, source=str(path))
+        return vsrn_from_authors(checkpoint.opt, checkpoint.states, source=source)
     if len(checkpoint.states) != 1:
         raise DualmatchError(
-            f"{path} holds {len(checkpoint.states)} state dicts; a DSRAN checkpoint holds one, a VSRN checkpoint two."
+            f"{source} holds {len(checkpoint.states)} state dicts; a DSRAN checkpoint holds one, a VSRN checkpoint two."
         )
-    return dsran_from_authors(checkpoint.opt, checkpoint.states[0], source=str(path), num_bert_heads=num_bert_heads)
+    return dsran_from_authors(checkpoint.opt, checkpoint.states[0], source=source, num_bert_heads=num_bert_heads)
 
 
 def dsran_from_authors(

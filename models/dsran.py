@@ -12,7 +12,15 @@ from dualmatch.runtime.errors import DualmatchError
 
 from .config import DsranConfig, RegionConfig
 from .graph_attention import GatedFusion, GraphAttention
-from .pooling import box_geometry, box_pooling_weights, grid_boxes, l2_normalise, last_node, mean_over_nodes, pyramid_boxes
+from .pooling import (
+    box_geometry,
+    box_pooling_weights,
+    grid_boxes,
+    l2_normalise,
+    last_node,
+    mean_over_nodes,
+    pyramid_boxes,
+)
 from .text import PAD_ID, build_words
 from .trunks import CHANNELS, map_size
 

@@ -9,7 +9,7 @@ RUN/log.jsonl            a line per epoch
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dualmatch.models import DSRAN
+from dualmatch.models import DSRAN, VSRN
+from dualmatch.models.config import PadPolicy, TextConfig
 from dualmatch.models.trunks import build_trunk, preprocess_of
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import read_json, sha256_of_file, write_atomically
 from dualmatch.runtime.preprocess import Preprocess
 from dualmatch.runtime.tokenizer import CaptionTokenizer, TokenizerOptions
 
-from .recipe import Recipe, recipe_from_json
+from .recipe import ForeignRecipe, Recipe, recipe_from_json
 
 FORMAT = "dualmatch-run"
 VERSION = 1
@@ -72,16 +73,27 @@ class Run:
         model: both encoders in evaluation mode, float32.
         facts: what `best.safetensors` says about itself: epoch, validation Rsum.
         checkpoint_hash: SHA-256 of `best.safetensors`.
+        caption_batch: how many captions are encoded together (it matters under the `authors` padding only).
+        provenance: what else a bundle's manifest is to say of where the network comes from.
+        reference: the run as it was trained, where this one pads captions in another way (see `padding.with_padding`).
     """
 
     folder: Path
-    recipe: Recipe
-    model: DSRAN
+    recipe: Recipe | ForeignRecipe
+    model: DSRAN | VSRN
     preprocess: Preprocess
     tokenizer: CaptionTokenizer
     data: str
     facts: dict[str, Any]
     checkpoint_hash: str
+    caption_batch: int = 128
+    provenance: dict[str, Any] = field(default_factory=dict)
+    reference: "Run | None" = None
+
+    @property
+    def pad_policy(self) -> PadPolicy:
+        """The network's; a VSRN's captions never depend on padding."""
+        return self.model.config.pad_policy if isinstance(self.model, DSRAN) else "masked"
 
     @property
     def tokenizer_path(self) -> Path:
@@ -91,7 +103,11 @@ class Run:
 
 def tokenizer_options(recipe: Recipe) -> TokenizerOptions:
     """How the recipe cuts and pads captions."""
-    text = recipe.model.text
+    return text_options(recipe.model.text)
+
+
+def text_options(text: TextConfig) -> TokenizerOptions:
+    """How a text encoder wants captions cut and padded."""
     return TokenizerOptions(
         max_length=text.max_length, fixed_length=text.fixed_length, keep_last_special=text.keep_last_special
     )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dualmatch.models import DSRAN
+from dualmatch.models import DSRAN, VSRN
 from dualmatch.runtime.datasets import ImageItem
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.preprocess import Preprocess
@@ -17,7 +17,12 @@ from .features import Progress, no_progress, photograph
 
 
 def image_inputs(
-    model: DSRAN, preprocess: Preprocess, items: Sequence[ImageItem], regions: RegionFile | None, *, pixels: bool = True
+    model: DSRAN | VSRN,
+    preprocess: Preprocess,
+    items: Sequence[ImageItem],
+    regions: RegionFile | None,
+    *,
+    pixels: bool = True,
 ) -> dict[str, NDArray[np.float32]]:
     """The image encoder's inputs for a batch of images, by input name; without `pixels` where cached maps stand for them."""
     names = model.image_encoder.input_names
@@ -36,7 +41,7 @@ def image_inputs(
 
 
 def encode_images(
-    model: DSRAN,
+    model: DSRAN | VSRN,
     preprocess: Preprocess,
     items: Sequence[ImageItem],
     *,
@@ -58,7 +63,7 @@ def encode_images(
 
 
 def encode_captions(
-    model: DSRAN,
+    model: DSRAN | VSRN,
     tokenizer: CaptionTokenizer,
     captions: Sequence[str],
     *,

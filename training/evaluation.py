@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dualmatch.models import DSRAN
+from dualmatch.models.config import RegionConfig
 from dualmatch.runtime import rerank
 from dualmatch.runtime.datasets import Dataset
+from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.recall import Recall, evaluate
 from dualmatch.runtime.regions import RegionFile
 
@@ -16,9 +19,29 @@ from .features import Progress, no_progress
 
 
 def regions_of(run: Run, given: RegionFile | None) -> RegionFile | None:
-    """The region file given, else the one that the run was trained with."""
+    """The region file given, else the one that the run was trained with.
+
+    Raises:
+        DualmatchError: the file holds features or positions of another width than the network takes.
+    """
     trained_with = run.recipe.data.regions
-    return given or (RegionFile(Path(trained_with)) if trained_with else None)
+    regions = given or (RegionFile(Path(trained_with)) if trained_with else None)
+    names = run.model.image_encoder.input_names
+    if regions is not None and "regions" in names:
+        takes = run.model.config.regions if isinstance(run.model, DSRAN) else run.model.config
+        if regions.feature_dim != takes.feature_dim:
+            raise DualmatchError(
+                f"the network takes regions of {takes.feature_dim} channels, {regions.path} has {regions.feature_dim}."
+            )
+        if (
+            isinstance(takes, RegionConfig)
+            and "region_positions" in names
+            and regions.position_dim != takes.position_dim
+        ):
+            raise DualmatchError(
+                f"the network takes region positions of {takes.position_dim} numbers, {regions.path} has {regions.position_dim}."
+            )
+    return regions
 
 
 def evaluate_run(

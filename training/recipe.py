@@ -152,6 +152,15 @@ class Recipe:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForeignRecipe:
+    """What stands for the recipe of a network that other code trained."""
+
+    name: str
+    description: str
+    data: DataOptions = field(default_factory=DataOptions)
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
