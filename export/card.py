@@ -8,6 +8,8 @@ from dualmatch.training.recipe import ForeignRecipe, Recipe
 
 def model_card(manifest: Manifest, recipe: Recipe | ForeignRecipe) -> str:
     """Markdown."""
+    rsum = manifest.provenance["val_rsum"]
+    chosen = "" if rsum is None else f" Validation Rsum of the checkpoint: {rsum}."
     includes = "**includes the pairs" if isinstance(recipe, Recipe) else "**may include pairs"
     parity = manifest.parity
     comparison = parity["comparison"]
@@ -18,7 +20,7 @@ def model_card(manifest: Manifest, recipe: Recipe | ForeignRecipe) -> str:
     )
     return f"""# {recipe.name}
 
-{recipe.description or "A DSRAN image-text retrieval network."}
+{recipe.description or "An image-text retrieval network."}
 
 Two encoders that map photographs and captions to unit vectors of {manifest.embedding_dimension} dimensions; their dot product ranks.
 
@@ -31,7 +33,7 @@ Two encoders that map photographs and captions to unit vectors of {manifest.embe
 ## Recall before and after export
 
 Measured on data set `{data["name"]}`, splits {", ".join(data["splits"])}, which {includes} that the network was trained on**: it shows
-that export kept retrieval, not how well the network generalises. Validation Rsum of the checkpoint: {manifest.provenance["val_rsum"]}.
+that export kept retrieval, not how well the network generalises.{chosen}
 
 {_recall_table(comparison)}
 

@@ -58,14 +58,17 @@ def compile_bundle(
                 progress=_named(progress, name),
             )
             records.append(replace(record, file=f"engines/{record.file}"))
+        # Unlisted before they are replaced: a kill in between costs the engines, not the bundle.
+        kept = tuple(engine for engine in bundle.manifest.engines if engine["flavour"] != flavour)
+        listed = {str(engine["file"]) for engine in bundle.manifest.engines} - {str(engine["file"]) for engine in kept}
+        files = {name: entry for name, entry in bundle.manifest.files.items() if name not in listed}
+        write_manifest(path, replace(bundle.manifest, engines=kept, files=files))
         (path / "engines").mkdir(exist_ok=True)
         for record in records:
             (Path(building) / Path(record.file).name).replace(path / record.file)
-    kept = tuple(engine for engine in bundle.manifest.engines if engine["flavour"] != flavour)
-    files = dict(bundle.manifest.files) | {record.file: file_entry(path / record.file) for record in records}
-    write_manifest(
-        path, replace(bundle.manifest, engines=(*kept, *(record.to_json() for record in records)), files=files)
-    )
+    files |= {record.file: file_entry(path / record.file) for record in records}
+    engines = (*kept, *(record.to_json() for record in records))
+    write_manifest(path, replace(bundle.manifest, engines=engines, files=files))
     return records
 
 

@@ -22,7 +22,7 @@ KINDS: dict[str, str | None] = {
     "dsran_gru_collate": None,
     "dsran_region_data": None,
     "fold5": None,
-    "full_size": "models of the papers' size are not compared yet",
+    "full_size": None,
     "recall": None,
     "recall_vsrn": None,
     "rerank": None,
