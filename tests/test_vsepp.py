@@ -111,7 +111,7 @@ def test_onnx_gives_torchs_embeddings_on_every_shape(side, network, graphs):
 
 
 def test_its_recipe_trains_and_opens_again(tmp_path):
-    recipe = load_recipe(NAME, [*SIZES, "train.epochs=6", "loss.warmup_epochs=1"])
+    recipe = load_recipe(NAME, [*SIZES, "train.epochs=6"])
     train(recipe, scenes(), tmp_path / "run", data_name="scenes", cache=tmp_path / "cache")
     run = load_run(tmp_path / "run")
     assert (run.recipe.name, run.model.config.text.pooling) == (NAME, "last")
