@@ -1,6 +1,7 @@
 """`dualmatch data pool-regions`."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -29,8 +30,23 @@ from .common import data_option, existing, progress_reports
     show_default=True,
     help="Side that photographs are scaled to.",
 )
+@click.option(
+    "--order",
+    type=click.Choice(["file", "confidence", "size", "random"]),
+    default="file",
+    show_default=True,
+    help="Of an image's regions; it matters to VSRN, whose GRU runs over them.",
+)
 @click.option("--out", required=True, type=existing, help="The region file to write, .npz.")
-def command(data: str, boxes: Path, trunk: str, trunk_weights: Path | None, image_size: int, out: Path) -> None:
+def command(
+    data: str,
+    boxes: Path,
+    trunk: str,
+    trunk_weights: Path | None,
+    image_size: int,
+    order: Literal["file", "confidence", "size", "random"],
+    out: Path,
+) -> None:
     """Pool a feature for each given box of each photograph, for networks with precomputed regions."""
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.training.regions import pool_regions
@@ -43,6 +59,7 @@ def command(data: str, boxes: Path, trunk: str, trunk_weights: Path | None, imag
             trunk=trunk,
             trunk_weights=trunk_weights,
             image_size=image_size,
+            order=order,
             progress=progress,
         )
     click.echo(f"{out}: {shape[0]} images x {shape[1]} regions x {shape[2]} channels")

@@ -148,3 +148,30 @@ def test_pooling_refuses_and_leaves_nothing(tmp_path, photographs, pool):
     with pytest.raises(DualmatchError, match="there is no folder"):
         pool(photographs, whole, tmp_path / "nowhere" / "out.npz")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_regions_come_in_the_order_asked_for(tmp_path, photographs, pool):
+    import torch
+
+    torch.set_num_threads(1)
+    boxes = write_boxes(tmp_path / "boxes.npz", photographs)  # largest first
+    with np.load(boxes) as arrays:
+        names, pixels = arrays["filenames"], arrays["boxes"]
+    scores = np.tile([0.2, 0.9, 0.5], (len(names), 1))
+    shuffled = written(
+        tmp_path / "scored.npz", filenames=names, boxes=pixels[:, [2, 0, 1]], scores=scores[:, [2, 0, 1]]
+    )
+    areas = {}
+    for order in ("file", "confidence", "size", "random"):
+        pool(photographs, shuffled, tmp_path / f"{order}.npz", order=order)
+        regions = RegionFile(tmp_path / f"{order}.npz")
+        areas[order] = [np.round(regions.positions(item.id)[:, 4], 2).tolist() for item in photographs.items]
+    assert all(found == [0, 1, 0.5] for found in areas["file"])
+    assert all(found == [1, 0.5, 0] for found in areas["size"])
+    assert all(found == [0.5, 0, 1] for found in areas["confidence"])
+    assert len({tuple(found) for found in areas["random"]}) > 1
+    pool(photographs, shuffled, tmp_path / "again.npz", order="random")
+    again = RegionFile(tmp_path / "again.npz")
+    assert [np.round(again.positions(item.id)[:, 4], 2).tolist() for item in photographs.items] == areas["random"]
+    with pytest.raises(DualmatchError, match="has no `scores`"):
+        pool(photographs, boxes, tmp_path / "out.npz", order="confidence")
