@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dualmatch.runtime.backends import open_session
 from dualmatch.runtime.bundle import load_bundle
+from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.tokenizer import CaptionTokenizer
 
 from .environment import environment
@@ -31,7 +32,12 @@ def bench_latency(
     bundle = load_bundle(path)
     plan = plan or Plan()
     vocabulary_size = CaptionTokenizer(bundle.file("tokenizer.json"), bundle.manifest.tokenizer).vocabulary_size
-    length = bundle.manifest.tokenizer.fixed_length or length
+    limits = bundle.manifest.tokenizer
+    if limits.max_length and length > limits.max_length:
+        raise DualmatchError(
+            f"captions of {length} tokens were asked for, but the bundle cuts them at {limits.max_length}."
+        )
+    length = limits.fixed_length or length
     cases: list[CaseResult] = []
     for name, entry in bundle.manifest.encoders.items():
         cases += measure_session(

@@ -11,7 +11,7 @@ from .common import backend_options, existing, json_option, print_json
 @click.argument("bundle", type=existing)
 @backend_options
 @click.option("--batch-sizes", default="1,8,32", show_default=True, help="Batch sizes, separated by commas.")
-@click.option("--length", type=click.IntRange(1), default=16, show_default=True, help="Tokens of every caption.")
+@click.option("--length", type=click.IntRange(1, 4096), default=16, show_default=True, help="Tokens of every caption.")
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),

@@ -21,7 +21,7 @@ backend_option = click.option(
     "--backend", default="onnxruntime", show_default=True, help="onnxruntime or onnxruntime-cuda."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(0, 512), default=0, help="Threads of the backend; 0 leaves it to the backend."
+    "--threads", type=click.IntRange(0, 256), default=0, help="Threads of the backend; 0 leaves it to the backend."
 )
 batch_size_option = click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 regions_option = click.option(

@@ -1,5 +1,6 @@
 """`dualmatch`: the entry point and the table of commands."""
 
+import re
 import sys
 from importlib import import_module
 
@@ -111,8 +112,10 @@ def _sentence(error: Exception) -> str | None:
             return (
                 f"this command needs {package}, which is not installed: pip install 'dualmatch[{_EXTRA_OF[package]}]'."
             )
-    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror is not None:
+        # A file is written under a temporary name beside its own; people know it by its own.
+        name = re.sub(r"\.([^/]+)\.[a-z0-9_]{8}\.part$", r"\1", str(error.filename or "the output"))
+        return f"{name} cannot be read or written: {error.strerror}."
     return None
 
 

@@ -1,6 +1,7 @@
 """`dualmatch runtime rerank`."""
 
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import click
@@ -23,15 +24,21 @@ def command(sims: Path, direction: str, k1: int, out: Path | None, *, as_json: b
     import numpy as np
 
     from dualmatch.runtime import rerank
+    from dualmatch.runtime.errors import DualmatchError
+    from dualmatch.runtime.files import write_atomically
     from dualmatch.runtime.recall import evaluate
-    from dualmatch.runtime.similarity import load_sims
+    from dualmatch.runtime.similarity import load_sims, sims_paths
 
     similarity, info = load_sims(sims)
     function = {"i2t": rerank.i2t, "t2i": rerank.t2i}[direction]
+    if out is not None and out.resolve() in [path.resolve() for path in sims_paths(sims)]:
+        raise DualmatchError(f"--out {out} is the similarity matrix itself; give the candidates another file.")
     candidates = function(similarity, k1)
     if out is not None:
-        with out.open("wb") as file:
-            np.save(file, candidates)
+        # Aside and then renamed: SIMS is memory-mapped, and writing over it in place would destroy it.
+        data = BytesIO()
+        np.save(data, candidates)
+        write_atomically(out, data.getvalue())
     recalls = {}
     if info.caption_image is not None:
         split = info.protocol.get("split")

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .encoders import ImageEncoder, TextEncoder
+from .errors import DualmatchError
 from .gallery_writer import Summary, write_gallery
 from .regions import RegionFile
 from .sources import CaptionSource, PhotoSource, captions_in, photos_in, photos_root
@@ -26,6 +27,8 @@ class _Photos:
 
     def prepare(self, source: PhotoSource) -> dict[str, NDArray[Any]]:
         # As bytes, so that a quarantine reason names no path: a gallery is the same wherever the photographs lie.
+        if not source.path.is_file() and source.path.exists():  # reading a pipe would wait forever
+            raise DualmatchError("it is not a regular file.")
         return self.encoder.prepare(source.path.read_bytes(), source.id)
 
     def encode(self, prepared: Sequence[Any]) -> NDArray[np.float32]:

@@ -61,6 +61,8 @@ class CaptionTokenizer:
             DualmatchError: a caption that is empty or only white space.
         """
         for index, caption in enumerate(captions):
+            if any("\ud800" <= character <= "\udfff" for character in caption):
+                raise DualmatchError(f"caption {index} is not valid Unicode text.")
             if not caption.strip():
                 raise DualmatchError(f"caption {index} is empty; every caption needs at least one word.")
         limit = self.options.max_length

@@ -131,6 +131,7 @@ def _encode_images(
     ]:
         raise DualmatchError(
             f"data set {dataset.name!r} lacks {len(missing)} of the {len(reference.image_ids)} photographs that the bundle was gated on "
-            f"(found by the SHA-256 of their files), the first {missing[0]!r}; give the data that the bundle was exported with."
+            f"(found by the SHA-256 of their files), the first {missing[0]!r}; give the data that the bundle was exported with"
+            + (f", or leave --data out: {reference.data!r} can be generated." if reference.data else ".")
         )
     return encoder.encode_items([item_of[digest] for digest in reference.image_hashes], progress)

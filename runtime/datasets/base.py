@@ -84,6 +84,8 @@ class Dataset:
         Raises:
             DualmatchError: a split that the data set does not have.
         """
+        if not splits:
+            raise DualmatchError(f"no split was named; data set {self.name!r} has {', '.join(self.splits)}.")
         for split in splits:
             if split not in self.splits:
                 raise DualmatchError(f"data set {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}.")
