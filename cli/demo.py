@@ -188,7 +188,7 @@ def _search(out: Path, bundle: "Bundle", test: "Dataset") -> str:
     """Both captions of the first pair that differs in its relation, and of the first that differs in its setting, on one sheet."""
     from dataclasses import replace
 
-    from dualmatch.runtime.gallery import Gallery
+    from dualmatch.runtime.galleries.gallery import Gallery
     from dualmatch.runtime.search import search
     from dualmatch.runtime.sheet import Search, search_sheet
 

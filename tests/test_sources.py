@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.sources import captions_in, photos_in, photos_root
+from dualmatch.runtime.galleries.sources import captions_in, photos_in, photos_root
 
 
 def touch(folder, *names):

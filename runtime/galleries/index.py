@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
 
-from .errors import DualmatchError
-from .files import read_json
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import read_json
 
 FORMAT, VERSION = "dualmatch-gallery", 1
 INDEX_FILE, QUARANTINE_FILE = "index.json", "quarantine.jsonl"

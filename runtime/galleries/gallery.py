@@ -11,9 +11,10 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DualmatchError
-from .files import sha256_of_bytes, sha256_of_file
-from .gallery_index import QUARANTINE_FILE, GalleryIndex, Kind, Shard
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_bytes, sha256_of_file
+
+from .index import QUARANTINE_FILE, GalleryIndex, Kind, Shard
 
 SEARCH_BLOCK_BYTES = 16 * 2**20  # of float32 vectors, and of scores, held at a time
 

@@ -16,11 +16,12 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DualmatchError
-from .files import sha256_of_bytes
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_bytes
+
 from .gallery import Gallery
-from .gallery_index import QUARANTINE_FILE, FileRecord, GalleryIndex, Kind
-from .gallery_store import append_shard, begin, locked, remove, writing
+from .index import QUARANTINE_FILE, FileRecord, GalleryIndex, Kind
+from .store import append_shard, begin, locked, remove, writing
 
 DEFAULT_ROWS_PER_SHARD = 4096
 LOOKAHEAD = 2  # batches read ahead of the one being encoded

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DualmatchError
-from .files import sha256_of_bytes, sha256_of_file, write_atomically
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_bytes, sha256_of_file, write_atomically
+
 from .gallery import Gallery
-from .gallery_index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, Shard, shard_files
+from .index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, Shard, shard_files
 
 LOCK_FILE = ".lock"
 OWN_FILES = re.compile(r"vectors-\d{5}\.npy|items-\d{5}\.jsonl|quarantine\.jsonl|index\.json")
