@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualmatch.runtime.backends import open_session
+from dualmatch.runtime.backends import open_encoder
 from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.tokenizer import CaptionTokenizer
@@ -31,7 +31,7 @@ def bench_latency(
     """
     bundle = load_bundle(path)
     plan = plan or Plan()
-    vocabulary_size = CaptionTokenizer(bundle.file("tokenizer.json"), bundle.manifest.tokenizer).vocabulary_size
+    vocabulary_size = CaptionTokenizer(bundle.read("tokenizer.json"), bundle.manifest.tokenizer).vocabulary_size
     limits = bundle.manifest.tokenizer
     if limits.max_length and length > limits.max_length:
         raise DualmatchError(
@@ -41,7 +41,7 @@ def bench_latency(
     cases: list[CaseResult] = []
     for name, entry in bundle.manifest.encoders.items():
         cases += measure_session(
-            lambda entry=entry: open_session(path / entry.file, backend=backend, threads=threads),  # type: ignore[misc]
+            lambda name=name: open_encoder(bundle, name, backend=backend, threads=threads),  # type: ignore[misc]
             lambda batch, entry=entry: random_feeds(
                 entry.inputs, batch=batch, length=length, vocabulary_size=vocabulary_size
             ),  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """Options that mean the same everywhere, progress, and printing."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,10 @@ split_option = click.option(
     "--split", default="test", show_default=True, help="Splits joined into one set, separated by commas."
 )
 backend_option = click.option(
-    "--backend", default="onnxruntime", show_default=True, help="onnxruntime or onnxruntime-cuda."
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    help="onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-tensorrt-rtx, openvino, tensorrt or tensorrt-rtx.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(0, 256), default=0, help="Threads of the backend; 0 leaves it to the backend."
@@ -27,17 +31,53 @@ batch_size_option = click.option("--batch-size", type=click.IntRange(1), default
 regions_option = click.option(
     "--regions", type=existing, help="Region file, for networks that take precomputed regions."
 )
+gate_report_option = click.option(
+    "--gate-report",
+    type=existing,
+    metavar="FILE.html",
+    help="Write what the gate found as one page, the flipped queries with thumbnails; also when it refuses.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def _require_signature(ctx: click.Context, _: click.Parameter, key: Path | None) -> None:
+    """Set the variable that `load_bundle` reads: it reaches every bundle that the command opens, in processes that it starts too."""
+    if key is None:
+        return
+    from dualmatch.runtime.signature import VARIABLE
+
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(key.absolute())
+    ctx.call_on_close(
+        lambda: os.environ.pop(VARIABLE, None) if before is None else os.environ.update({VARIABLE: before})
+    )
+
+
+signature_option = click.option(
+    "--require-signature",
+    type=existing,
+    metavar="PUBLIC_KEY",
+    callback=_require_signature,
+    expose_value=False,
+    help="Open no bundle that is not signed by this key.  [env: DUALMATCH_REQUIRE_SIGNATURE]",
+)
+
+
 def backend_options(command: F) -> F:
-    """`--backend` and `--threads`."""
-    return backend_option(threads_option(command))
+    """`--backend`, `--threads` and `--require-signature`: what every command that runs a bundle takes."""
+    return backend_option(threads_option(signature_option(command)))
 
 
 def print_json(values: Any) -> None:
     """JSON on standard output."""
-    click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+    # A file name that is not UTF-8 cannot be printed; escaped like this it is still the JSON of that name.
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    click.echo(text.encode(errors="backslashreplace").decode())
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` with control characters (but those in `keep`) escaped: a file's name must not move the cursor or forge a line."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def region_file(path: Path | None) -> Any:
@@ -107,8 +147,6 @@ def recall_lines(recall: Any) -> str:
 
 def default_cache() -> Path:
     """Where features of frozen networks are kept between runs: $DUALMATCH_CACHE, or dualmatch in the user's cache folder."""
-    import os
-
     if given := os.environ.get("DUALMATCH_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualmatch"

@@ -88,7 +88,7 @@ def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.runtime.encode import encode_gallery
     from dualmatch.runtime.errors import DualmatchError
-    from dualmatch.runtime.search import evaluate_bundles
+    from dualmatch.runtime.evaluate import evaluate_bundles
     from dualmatch.runtime.verify import verify
     from dualmatch.training.evaluation import evaluate_run
 

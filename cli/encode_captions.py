@@ -6,29 +6,15 @@ from typing import Literal
 import click
 
 from .common import backend_options, existing, json_option, progress_reports
+from .encoding import encoding_options, report_gallery, stoppable
 
 
 @click.command("encode-captions")
 @click.argument("bundle", type=existing)
 @click.argument("captions", type=existing)
-@click.option("--out", required=True, type=existing, help="The gallery's folder.")
 @backend_options
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "float32"]),
-    default="float16",
-    show_default=True,
-    help="Of the stored vectors.",
-)
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-@click.option(
-    "--on-error",
-    type=click.Choice(["quarantine", "fail"]),
-    default="quarantine",
-    show_default=True,
-    help="What an unusable caption does.",
-)
+@encoding_options
 @json_option
 def command(
     bundle: Path,
@@ -38,6 +24,9 @@ def command(
     threads: int,
     batch_size: int,
     dtype: Literal["float16", "float32"],
+    rows: tuple[int, int | None] | None,
+    rows_per_shard: int | None,
+    prepare_threads: int | None,
     on_error: Literal["quarantine", "fail"],
     *,
     resume: bool,
@@ -47,9 +36,12 @@ def command(
     from dualmatch.runtime.bundle import load_bundle
     from dualmatch.runtime.encode import encode_caption_gallery
 
-    from .encode_gallery import report_gallery
+    with progress_reports() as progress, stoppable(out) as check:
 
-    with progress_reports() as progress:
+        def report(done: int, total: int) -> None:
+            progress("encoding captions", done, total)
+            check()
+
         summary, provider = encode_caption_gallery(
             load_bundle(bundle),
             captions,
@@ -58,8 +50,11 @@ def command(
             threads=threads,
             batch_size=batch_size,
             dtype=dtype,
+            rows=rows,
+            rows_per_shard=rows_per_shard,
+            prepare_threads=prepare_threads,
             resume=resume,
             on_error=on_error,
-            progress=lambda done, total: progress("encoding captions", done, total),
+            progress=report,
         )
     report_gallery(out, summary, provider, as_json=as_json)

@@ -5,61 +5,61 @@ from typing import Literal
 
 import click
 
-from .common import (
-    backend_options,
-    batch_size_option,
-    existing,
-    json_option,
-    print_json,
-    progress_reports,
-    regions_option,
-)
+from .common import backend_options, batch_size_option, existing, json_option, progress_reports, regions_option
+from .encoding import encoding_options, report_gallery, stoppable
 
 
 @click.command("encode-gallery")
 @click.argument("bundle", type=existing)
-@click.argument("photos", type=existing)
-@click.option("--out", required=True, type=existing, help="The gallery's folder.")
+@click.argument("photos")
 @backend_options
 @batch_size_option
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "float32"]),
-    default="float16",
-    show_default=True,
-    help="Of the stored vectors.",
-)
+@encoding_options
 @regions_option
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--column", help="Of parquet and arrow files, where more than one can hold photographs.")
 @click.option(
-    "--on-error",
-    type=click.Choice(["quarantine", "fail"]),
-    default="quarantine",
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=200_000_000,
     show_default=True,
-    help="What an unreadable photograph does.",
+    help="Photographs with more are quarantined before they are decoded.",
 )
 @json_option
 def command(
     bundle: Path,
-    photos: Path,
+    photos: str,
     out: Path,
     backend: str,
     threads: int,
     batch_size: int,
     dtype: Literal["float16", "float32"],
+    rows: tuple[int, int | None] | None,
+    rows_per_shard: int | None,
+    prepare_threads: int | None,
     regions: Path | None,
+    column: str | None,
+    max_pixels: int,
     on_error: Literal["quarantine", "fail"],
     *,
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Encode PHOTOS (a folder, or a .txt list) with BUNDLE into a gallery."""
+    """Encode PHOTOS with BUNDLE into a gallery.
+
+    PHOTOS is a folder, a list (.txt, or - for standard input), .tar archives, or .parquet or .arrow files; several of these
+    by a pattern in quotes: 'shards/{000..099}.tar', 'data/*.parquet'.
+    """
     from dualmatch.runtime.bundle import load_bundle
     from dualmatch.runtime.encode import encode_gallery
 
     from .common import region_file
 
-    with progress_reports() as progress:
+    with progress_reports() as progress, stoppable(out) as check:
+
+        def report(done: int, total: int) -> None:
+            progress("encoding photographs", done, total)
+            check()
+
         summary, provider = encode_gallery(
             load_bundle(bundle),
             photos,
@@ -69,36 +69,13 @@ def command(
             batch_size=batch_size,
             dtype=dtype,
             regions=region_file(regions),
+            column=column,
+            max_pixels=max_pixels,
+            rows=rows,
+            rows_per_shard=rows_per_shard,
+            prepare_threads=prepare_threads,
             resume=resume,
             on_error=on_error,
-            progress=lambda done, total: progress("encoding photographs", done, total),
+            progress=report,
         )
     report_gallery(out, summary, provider, as_json=as_json)
-
-
-def report_gallery(out: Path, summary: object, provider: str, *, as_json: bool) -> None:
-    """Print what was encoded, and the first photographs that could not be."""
-    from dualmatch.runtime.galleries.gallery import Gallery
-    from dualmatch.runtime.galleries.writer import Summary
-
-    assert isinstance(summary, Summary)
-    gallery = Gallery.open(out)
-    quarantine = gallery.quarantine
-    if as_json:
-        print_json(
-            {
-                "gallery": str(out),
-                "rows": summary.rows,
-                "count": summary.count,
-                "quarantined": [{"id": one.id, "reason": one.reason} for one in quarantine],
-                "provider": provider,
-            }
-        )
-        return
-    for one in quarantine[:10]:
-        click.echo(f"quarantined: {one.id}: {one.reason}")
-    if len(quarantine) > 10:
-        click.echo(f"… and {len(quarantine) - 10} more in {out / 'quarantine.jsonl'}")
-    click.echo(
-        f"{out}: {summary.count} of {summary.rows} encoded on {provider}, {summary.quarantined} quarantined, dimension {gallery.dimension}"
-    )

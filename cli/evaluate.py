@@ -37,6 +37,13 @@ from .common import (
     help="Re-rank image-to-text with so many candidates (the paper: 15).",
 )
 @click.option(
+    "--rerank-t2i",
+    "t2i_k1",
+    type=click.IntRange(1),
+    metavar="K1",
+    help="Re-rank text-to-image too (the papers do not).",
+)
+@click.option(
     "--ensemble", type=existing, multiple=True, metavar="BUNDLE2", help="Average similarities with this bundle too."
 )
 @backend_options
@@ -49,6 +56,7 @@ def command(
     split: str,
     protocol: str,
     k1: int | None,
+    t2i_k1: int | None,
     ensemble: tuple[Path, ...],
     backend: str,
     threads: int,
@@ -60,7 +68,7 @@ def command(
     """Recall of BUNDLE on a data set, without torch."""
     from dualmatch.runtime.bundle import load_bundle
     from dualmatch.runtime.datasets import open_dataset
-    from dualmatch.runtime.search import evaluate_bundles
+    from dualmatch.runtime.evaluate import evaluate_bundles
 
     from .common import region_file, splits
 
@@ -70,6 +78,7 @@ def command(
             open_dataset(data).select(splits(split)),
             protocol=protocol,
             rerank_k1=k1,
+            rerank_t2i_k1=t2i_k1,
             backend=backend,
             threads=threads,
             batch_size=batch_size,

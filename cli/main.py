@@ -18,8 +18,19 @@ RUNTIME: Table = {
     "evaluate": ("evaluate", "Recall of a bundle on a data set."),
     "verify": ("verify", "Does a bundle retrieve here as it did in torch?"),
 }
-BENCH: Table = {"latency": ("bench_latency", "Latency of both encoders: load, first run and steady state apart.")}
-GALLERY: Table = {"check": ("gallery_check", "Verify every hash and count of a gallery.")}
+BENCH: Table = {
+    "latency": ("bench_latency", "Latency of both encoders: load, first run and steady state apart."),
+    "training": ("bench_training", "Throughput of the training loop, and its wait for data."),
+}
+GALLERY: Table = {
+    "check": ("gallery_check", "Verify every hash and count of a gallery."),
+    "merge": ("gallery_merge", "Merge galleries, or the parts of one list, into a new gallery."),
+    "append": ("gallery_append", "Add photographs, captions or another gallery to a gallery."),
+    "remove": ("gallery_remove", "Remove items from a gallery by their ids."),
+    "compact": ("gallery_compact", "Take removed items off the disk."),
+    "export": ("gallery_export", "Write a gallery for another program: Parquet, NumPy, faiss, Qdrant."),
+    "index": ("gallery_index", "Build an approximate index for `search --ann`, and measure its recall."),
+}
 DATA: Table = {"pool-regions": ("data_pool_regions", "Pool region features for given boxes into a region file.")}
 COMMANDS: Table = {
     "demo": ("demo", "The whole way on embedded data: train, export, encode, search, verify, bench."),
@@ -30,6 +41,8 @@ COMMANDS: Table = {
     ),
     "export": ("export", "Export a trained run as a bundle of two ONNX graphs, if recall survives."),
     "compile": ("compile", "Compile a bundle's graphs to TensorRT engines."),
+    "sign": ("sign", "Sign a bundle, so that whoever opens it can require your signature."),
+    "triton": ("triton", "Write a bundle as a model repository for NVIDIA's Triton server."),
 }
 
 
@@ -75,6 +88,7 @@ cli = click.version_option(package_name="dualmatch")(cli)
 _EXTRA_OF = {
     "torch": "train", "transformers": "train", "safetensors": "train", "onnx": "export", "onnxscript": "export",
     "onnxruntime": "cpu", "psutil": "bench", "tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt",
+    "cryptography": "sign", "openvino": "openvino", "matplotlib": "train", "tensorboard": "train",
 }  # fmt: skip
 
 
@@ -120,5 +134,8 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"dualmatch: {message}", err=True)
+    from .common import printable
+
+    # Messages quote file names, whose control characters must not reach the terminal; our own may have several lines.
+    click.echo(f"dualmatch: {printable(message, keep=chr(10))}", err=True)
     sys.exit(code)

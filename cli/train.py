@@ -1,6 +1,8 @@
 """`dualmatch train`."""
 
+import os
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -11,7 +13,7 @@ from .common import default_cache, existing, progress_reports
 @click.argument("recipe", required=False)
 @click.option("--data", metavar="DATA", help="A data set's folder, or `scenes`.")
 @click.option("--out", type=existing, help="The run's folder.")
-@click.option("--resume", is_flag=True, help="Continue after the last finished epoch of the run in --out.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out where it was saved last.")
 @click.option(
     "--set",
     "overrides",
@@ -22,6 +24,17 @@ from .common import default_cache, existing, progress_reports
 @click.option(
     "--cache", type=existing, help="Folder for features of frozen networks. [default: the user's cache folder]"
 )
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    default=2,
+    show_default=True,
+    help="Threads that load and augment ahead; 0: none.",
+)
+@click.option(
+    "--tensorboard/--no-tensorboard", default=True, show_default=True, help="Write RUN/tensorboard, beside curves.svg."
+)
 @click.option("--list", "list_recipes", is_flag=True, help="Show the recipes and stop.")
 def command(
     recipe: str | None,
@@ -29,11 +42,18 @@ def command(
     out: Path | None,
     overrides: tuple[str, ...],
     cache: Path | None,
+    device: Literal["cpu", "cuda"],
+    workers: int,
     *,
     resume: bool,
+    tensorboard: bool,
     list_recipes: bool,
 ) -> None:
-    """Train RECIPE (a name from --list, or a TOML file) on a data set."""
+    """Train RECIPE (a name from --list, or a TOML file) on a data set.
+
+    Ctrl-C finishes the step and saves; --resume continues exactly there. On several GPUs or machines:
+    torchrun --nproc-per-node N --no-python dualmatch train …
+    """
     from dualmatch.training.recipe import load_recipe, recipe_names
 
     if list_recipes:
@@ -47,17 +67,33 @@ def command(
     assert data is not None
     assert out is not None
     from dualmatch.runtime.datasets import open_dataset
+    from dualmatch.training.interrupt import TrainingStoppedError
     from dualmatch.training.loop import train
+    from dualmatch.training.watch import RunWatch
 
     chosen = load_recipe(recipe, overrides)
-    with progress_reports() as progress:
-        best = train(
-            chosen,
-            open_dataset(data),
-            out,
-            data_name=data,
-            cache=cache or default_cache(),
-            resume=resume,
-            progress=progress,
-        )
-    click.echo(f"{out}: best epoch {best['epoch']}, validation Rsum {best['val_rsum']:.1f}")
+    try:
+        with progress_reports() as progress:
+            best = train(
+                chosen,
+                open_dataset(data),
+                out,
+                data_name=data,
+                cache=cache or default_cache(),
+                resume=resume,
+                device=device,
+                workers=workers,
+                watch=RunWatch(tensorboard=tensorboard),
+                progress=progress,
+            )
+    except TrainingStoppedError as stopped:
+        if _is_main():
+            click.echo(f"dualmatch: {stopped}", err=True)
+        raise SystemExit(130) from None
+    if _is_main():
+        click.echo(f"{out}: best epoch {best['epoch']}, validation Rsum {best['val_rsum']:.1f}")
+
+
+def _is_main() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"

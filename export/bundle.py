@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from dualmatch.runtime.bundle import Bundle, EncoderEntry, FileEntry, Manifest, 
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import directory_built_aside, refuse_existing
-from dualmatch.runtime.parity import TOLERANCES, Tolerances
+from dualmatch.runtime.parity import Tolerances
 from dualmatch.runtime.reference import Reference
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.verify import Verification, verify
@@ -26,16 +26,21 @@ from dualmatch.training.encode import encode_captions, encode_images, image_inpu
 from dualmatch.training.features import Progress, no_progress
 
 from .card import model_card
-from .graph import OPSET, export_encoder, largest_difference, specs
-from .half import HALF_MAX, Magnitude, magnitudes, to_half
+from .gate import Gate, tolerances_for
+from .graph import OPSET, export_encoder, specs
+from .half import magnitudes, to_half
+from .int8_export import Int8Export
+from .metadata import describe_graphs
 
-Precision = Literal["fp32", "fp16"]
+T = TypeVar("T")
+Precision = Literal["fp32", "fp16", "int8"]
 NUM_SAMPLES = 4
 # Largest difference of a component of a unit vector between torch and the graph, on the shapes below.
-COMPONENT_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3}
-# Captions padded in another way than in training have other embeddings, on purpose: what that costs is decided by recall alone.
-CHANGED_PADDING = Tolerances(rsum_loss=0.5, worst_cosine=-1.0)
+COMPONENT_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.25}
 CHECKED_BATCHES = (1, 2, 7)
+# For magnitudes alone, which a handful of inputs would understate.
+NUM_PROBED_IMAGES, NUM_PROBED_CAPTIONS = 32, 512
+NUM_MAGNITUDES = 5  # of each encoder, in the manifest
 CHECKED_LENGTHS = (1, 2, 5, 17, 40)
 
 
@@ -45,15 +50,6 @@ class ExportResult:
 
     bundle: Bundle
     verification: Verification
-    magnitudes: dict[str, list[Magnitude]]
-
-
-class GateRefusedError(DualmatchError):
-    """The gate did not pass; `verification` has what it measured."""
-
-    def __init__(self, message: str, verification: Verification) -> None:
-        super().__init__(message)
-        self.verification = verification
 
 
 def export_run(
@@ -62,6 +58,7 @@ def export_run(
     out: Path,
     *,
     precision: Precision = "fp32",
+    calibration: Dataset | None = None,
     regions: RegionFile | None = None,
     unverified: bool = False,
     tolerances: Tolerances | None = None,
@@ -76,6 +73,8 @@ def export_run(
     Args:
         dataset: the pairs that the gate compares retrieval on; all of them.
         out: the bundle's directory; must not exist.
+        calibration: for int8, where the activations' ranges are found; None takes `dataset`.
+        tolerances: what the gate allows; None takes `gate.tolerances_for`.
         unverified: write the bundle although the pairs are too few to tell; the manifest records it. A failed gate stays a failure.
         generated_data: name of the data set, if every machine can generate it.
 
@@ -84,18 +83,33 @@ def export_run(
     """
     refuse_existing(out, "the bundle")
     trained = run.reference or run
-    tolerances = tolerances or (CHANGED_PADDING if run.reference else TOLERANCES[precision])
+    tolerances = tolerances or tolerances_for(run, precision)
+    if calibration is not None and precision != "int8":
+        raise DualmatchError(f"calibration data are for int8; {precision} needs none.")
     model = run.model.eval()
     images = encode_images(model, run.preprocess, dataset.items, regions=regions, progress=progress)
     captions = encode_captions(
         trained.model, trained.tokenizer, dataset.captions, batch_size=trained.caption_batch, progress=progress
     )
     samples = _samples(run, dataset, regions)
+    int8 = None
+    if precision == "int8":
+        int8 = Int8Export(
+            run, calibration or dataset, dataset, images, captions,
+            regions=regions, tolerances=tolerances, unverified=unverified, progress=progress,
+        )  # fmt: skip
+    gate = Gate(precision, tolerances)
     with directory_built_aside(out) as folder:
         progress("exporting the image encoder", 0, 0)
-        image_entry, image_magnitudes = _graph(run, "image", _image_checks(run, dataset, regions), folder, precision)
+        probes = _image_probes(run, dataset, regions) if precision == "fp16" else []
+        image_entry = _graph(
+            run, "image", _image_checks(run, dataset, regions), folder, precision, gate=gate, probes=probes, int8=int8
+        )
         progress("exporting the text encoder", 0, 0)
-        text_entry, text_magnitudes = _graph(run, "text", _text_checks(run, dataset), folder, precision)
+        probes = _text_probes(run, dataset) if precision == "fp16" else []
+        text_entry = _graph(
+            run, "text", _text_checks(run, dataset), folder, precision, gate=gate, probes=probes, int8=int8
+        )
         (folder / "tokenizer.json").write_bytes(run.tokenizer_path.read_bytes())
         Reference(
             images=images,
@@ -107,6 +121,7 @@ def export_run(
             samples=samples,
             data=generated_data,
             split=", ".join(dataset.splits),
+            text_checks=gate.checks["text"],
         ).write(folder)
         manifest = Manifest(
             model={
@@ -130,27 +145,22 @@ def export_run(
             },
             parity={"tolerances": asdict(tolerances), "verdict": "not measured"},
         )
+        describe_graphs(folder, manifest)
         _seal(folder, manifest)
-        verification = verify(load_bundle(folder), dataset, regions=regions, progress=progress)
-        decision = verification.decision
-        if decision.verdict != "pass" and not (unverified and decision.verdict == "too few pairs"):
-            advice = (
-                " (or --unverified to write the bundle all the same)" if decision.verdict == "too few pairs" else ""
-            )
-            raise GateRefusedError(f"the {precision} gate refused the export: {decision.reason}{advice}.", verification)
-        found = {"image": image_magnitudes[:5], "text": text_magnitudes[:5]}
-        parity = {
-            "tolerances": asdict(tolerances),
-            **verification.to_json(),
-            "largest_magnitudes": {name: [asdict(one) for one in top] for name, top in found.items()},
-        }
+        verification = gate.decide(
+            verify(load_bundle(folder, require_signature=False), dataset, regions=regions, progress=progress),
+            unverified=unverified,
+        )
+        parity = verification.to_json(flips=20)
+        for top in parity["largest_magnitudes"].values():
+            del top[NUM_MAGNITUDES:]
         manifest = replace(manifest, parity=json.loads(json.dumps(parity)))
-        (folder / "README.md").write_text(model_card(manifest, run.recipe), encoding="utf-8")
+        card = model_card(manifest, run.recipe, folder, trained_on=Path(run.data).name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         _seal(folder, manifest)
     return ExportResult(
-        bundle=load_bundle(out),
+        bundle=load_bundle(out, require_signature=False),
         verification=verification,
-        magnitudes={"image": image_magnitudes, "text": text_magnitudes},
     )
 
 
@@ -169,27 +179,38 @@ def _graph(
     batches: Sequence[Mapping[str, NDArray[Any]]],
     folder: Path,
     precision: Precision,
-) -> tuple[EncoderEntry, list[Magnitude]]:
-    """Export one encoder, check it against torch on shapes other than the traced one, and rewrite it to the wanted precision."""
+    *,
+    gate: Gate,
+    probes: Sequence[Mapping[str, NDArray[Any]]],
+    int8: Int8Export | None,
+) -> EncoderEntry:
+    """Export one encoder, rewrite it to the wanted precision, and take each graph through the gate's stages."""
     encoder = run.model.image_encoder if name == "image" else run.model.text_encoder
     path = folder / f"{name}_encoder.onnx"
+    gate.ask_torch(name, encoder, batches)
     traced = {key: torch.from_numpy(value) for key, value in _traced(batches).items()}
     single = export_encoder(encoder, traced, path, output=f"{name}_embedding")
-    measured = _checked(encoder, path, batches, "fp32")
-    found: list[Magnitude] = []
+    measured = gate.check(name, path, "fp32", COMPONENT_TOLERANCE["fp32"])
     if precision == "fp16":
         half = to_half(single)
-        found = magnitudes(single, half, [dict(batch) for batch in batches], folder)
         # Before anything runs in half precision: an overflow is named here, later it would only be an infinity somewhere.
-        if found and found[0].share >= 1:
-            raise DualmatchError(
-                f"float16 would overflow: tensor {found[0].tensor!r} ({found[0].operator}) reaches {found[0].largest:.4g} on real inputs, "
-                f"float16 ends at {HALF_MAX:.0f}; export with --fp32."
-            )
+        gate.check_range(name, magnitudes(single, half, [dict(batch) for batch in (*batches, *probes)], folder))
         onnx.save(half, path)
-        measured = _checked(encoder, path, batches, "fp16")
+        measured = gate.check(name, path, "fp16", COMPONENT_TOLERANCE["fp16"])
+    engine_path, quantisation = path, {}
+    quantised = int8.quantised(name, single, folder) if int8 is not None else None
+    if precision == "int8" and quantised is None:
+        precision = "fp32"
+    if quantised is not None:
+        quantisation = quantised.facts
+        onnx.save(quantised.model, path)
+        measured = gate.check(name, path, "int8", COMPONENT_TOLERANCE["int8"])
+        if quantised.engine_model is not None:
+            engine_path = folder / f"{name}_encoder.engine.onnx"
+            onnx.save(quantised.engine_model, engine_path)
+            gate.check(name, engine_path, "int8 engine", COMPONENT_TOLERANCE["int8"])
     model = onnx.load(path)
-    entry = EncoderEntry(
+    return EncoderEntry(
         file=path.name,
         precision=precision,
         opset=OPSET,
@@ -197,21 +218,9 @@ def _graph(
         outputs=specs(model.graph.output),
         tolerance=COMPONENT_TOLERANCE[precision],
         measured=measured,
+        engine_file="" if engine_path == path else engine_path.name,
+        quantisation=quantisation,
     )
-    return entry, found
-
-
-def _checked(
-    encoder: torch.nn.Module, path: Path, batches: Sequence[Mapping[str, NDArray[Any]]], precision: Precision
-) -> float:
-    difference = largest_difference(encoder, path, batches)
-    tolerance = COMPONENT_TOLERANCE[precision]
-    if not difference <= tolerance:
-        raise DualmatchError(
-            f"{path.name} at {precision} differs from torch by {difference:.2e} in a component, more than {tolerance:.0e} is allowed; "
-            f"a tolerance of {difference * 1.01:.2e} would have passed."
-        )
-    return difference
 
 
 def _traced(batches: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -229,6 +238,25 @@ def _image_checks(run: Run, dataset: Dataset, regions: RegionFile | None) -> lis
     items = dataset.items[: max(CHECKED_BATCHES)]
     inputs = image_inputs(run.model, run.preprocess, items, regions)
     return [{name: value[:batch] for name, value in inputs.items()} for batch in CHECKED_BATCHES]
+
+
+def _image_probes(run: Run, dataset: Dataset, regions: RegionFile | None) -> list[dict[str, NDArray[Any]]]:
+    """More real images from all over the data set, for magnitudes alone: two at a time, because every tensor of theirs is kept."""
+    items = _spread(dataset.items, NUM_PROBED_IMAGES)
+    return [
+        image_inputs(run.model, run.preprocess, items[start : start + 2], regions) for start in range(0, len(items), 2)
+    ]
+
+
+def _text_probes(run: Run, dataset: Dataset) -> list[dict[str, NDArray[Any]]]:
+    """More real captions, likewise."""
+    captions = _spread(dataset.captions, NUM_PROBED_CAPTIONS)
+    return [{"token_ids": run.tokenizer(captions[start : start + 16])} for start in range(0, len(captions), 16)]
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most so many, evenly from the whole sequence."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else list(items)
 
 
 def _text_checks(run: Run, dataset: Dataset) -> list[dict[str, NDArray[Any]]]:

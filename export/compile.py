@@ -5,11 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dualmatch.runtime.bundle import file_entry, load_bundle, write_manifest
+from dualmatch.runtime.backends.engine_record import EngineRecord, HardwareCompatibility, engine_file
+from dualmatch.runtime.bundle import Bundle, file_entry, load_bundle, write_manifest
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import write_atomically
 
-from .engine import EngineRecord, build_engine
-from .engine_profiles import AxisRange, Profile, parse_axis_range, profile_from_text
+from .engine import build_engine
+from .engine_profiles import AxisRange, parse_axis_range, profile_from_text
+from .reproduce import reproduce_script
+
+Progress = Callable[[str, int, int], None]
 
 
 def compile_bundle(
@@ -18,61 +23,90 @@ def compile_bundle(
     flavour: str,
     profiles: Sequence[str],
     length: str | None = None,
+    compute_capabilities: Sequence[str] = (),
     workspace_bytes: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    timing_cache: Path | None = None,
+    version_compatible: bool = False,
+    hardware_compatibility: HardwareCompatibility = "none",
+    progress: Progress | None = None,
 ) -> list[EngineRecord]:
     """Compile both encoders; engines of the same flavour from before are replaced, and only when both new ones are complete.
+
+    Beside each engine lies a script that builds it again without dualmatch.
 
     Args:
         profiles: `latency`, `throughput` or `MIN:OPT:MAX` batch sizes; one engine holds them all.
         length: `MIN:OPT:MAX` caption lengths in tokens.
+        compute_capabilities, workspace_bytes, timing_cache, version_compatible, hardware_compatibility: see `build_engine`.
 
     Raises:
-        DualmatchError: no bundle, the flavour's package is missing, or the graph does not build.
+        DualmatchError: no bundle, the flavour's package is missing, an option that it does not have, or the graph does not build.
     """
     bundle = load_bundle(path)
-    limits = bundle.manifest.tokenizer
-    longest = limits.fixed_length or limits.max_length or 64
-    lengths = (
-        parse_axis_range(length, what="--length")
-        if length
-        else AxisRange(limits.fixed_length or 1, min(16, longest), longest)
-    )
-    if limits.fixed_length:
-        lengths = AxisRange(longest, longest, longest)
-    elif lengths.max > longest:
-        raise DualmatchError(f"--length reaches {lengths.max} tokens, but the bundle cuts captions at {longest}.")
+    lengths = _caption_lengths(bundle, length)
+    if len(set(profiles)) != len(profiles):
+        raise DualmatchError(f"a profile is asked for twice: {', '.join(profiles)}.")
     with tempfile.TemporaryDirectory(dir=path, prefix=".engines-") as building:
         records = []
         for name, entry in bundle.manifest.encoders.items():
-            chosen: list[Profile] = [
-                profile_from_text(text, entry.inputs, length=lengths if name == "text" else None) for text in profiles
-            ]
+            file = engine_file(name, flavour)
             record = build_engine(
-                bundle.path / entry.file,
-                Path(building) / f"{name}_encoder.{flavour}.engine",
+                bundle.path / entry.engine_graph,
+                Path(building) / Path(file).name,
                 flavour=flavour,
                 inputs=entry.inputs,
-                profiles=chosen,
+                profiles=[
+                    profile_from_text(text, entry.inputs, length=lengths if name == "text" else None)
+                    for text in profiles
+                ],
+                compute_capabilities=compute_capabilities,
                 workspace_bytes=workspace_bytes,
+                timing_cache=timing_cache,
+                version_compatible=version_compatible,
+                hardware_compatibility=hardware_compatibility,
                 progress=_named(progress, name),
             )
-            records.append(replace(record, file=f"engines/{record.file}"))
+            record = replace(record, file=file)
+            script = _script_of(file)
+            write_atomically(
+                Path(building) / Path(script).name,
+                reproduce_script(record, graph=entry.engine_graph, script=Path(script).name),
+            )
+            records.append(record)
         # Unlisted before they are replaced: a kill in between costs the engines, not the bundle.
         kept = tuple(engine for engine in bundle.manifest.engines if engine["flavour"] != flavour)
-        listed = {str(engine["file"]) for engine in bundle.manifest.engines} - {str(engine["file"]) for engine in kept}
-        files = {name: entry for name, entry in bundle.manifest.files.items() if name not in listed}
+        gone = {str(engine["file"]) for engine in bundle.manifest.engines} - {str(engine["file"]) for engine in kept}
+        gone |= {_script_of(file) for file in gone}
+        files = {name: entry for name, entry in bundle.manifest.files.items() if name not in gone}
         write_manifest(path, replace(bundle.manifest, engines=kept, files=files))
         (path / "engines").mkdir(exist_ok=True)
-        for record in records:
-            (Path(building) / Path(record.file).name).replace(path / record.file)
-    files |= {record.file: file_entry(path / record.file) for record in records}
+        built = [file for record in records for file in (record.file, _script_of(record.file))]
+        for file in built:
+            (Path(building) / Path(file).name).replace(path / file)
+    files |= {file: file_entry(path / file) for file in built}
     engines = (*kept, *(record.to_json() for record in records))
     write_manifest(path, replace(bundle.manifest, engines=engines, files=files))
     return records
 
 
-def _named(progress: Callable[[str, int, int], None] | None, encoder: str) -> Callable[[str, int, int], None] | None:
+def _script_of(engine: str) -> str:
+    """The name of the script that builds an engine again."""
+    return f"{engine.removesuffix('.engine')}.reproduce.py"
+
+
+def _caption_lengths(bundle: Bundle, length: str | None) -> AxisRange:
+    """Token counts of the text encoder's profiles, within what the bundle's tokenizer makes."""
+    limits = bundle.manifest.tokenizer
+    longest = limits.fixed_length or limits.max_length or 64
+    asked = parse_axis_range(length, what="--length") if length else None
+    if asked is not None and asked.max > longest:
+        raise DualmatchError(f"--length reaches {asked.max} tokens, but the bundle cuts captions at {longest}.")
+    if limits.fixed_length:
+        return AxisRange(longest, longest, longest)
+    return asked or AxisRange(1, min(16, longest), longest)
+
+
+def _named(progress: Progress | None, encoder: str) -> Progress | None:
     """Reports that say which encoder they are about."""
     if progress is None:
         return None

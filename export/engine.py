@@ -1,60 +1,34 @@
 """ONNX graph to TensorRT engine, for both flavours of TensorRT by the same lines; needs neither torch nor onnx."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dualmatch.runtime.backends import TensorSpec
+from dualmatch.runtime.backends.engine_record import EngineRecord, HardwareCompatibility, Profile, this_platform
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, sha256_of_file, write_atomically
-from dualmatch.runtime.flavours import gpu_compute_capability, load_flavour, tensorrt_logger
+from dualmatch.runtime.flavours import (
+    gpu_compute_capability,
+    load_flavour,
+    tensorrt_logger,
+    tensorrt_reasons,
+    without_source_lines,
+)
 
-from .engine_profiles import Profile, check_profile
+from .engine_profiles import check_profile
+from .peak_memory import PeakMemory
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase of the build as TensorRT names it, its steps done, and its steps in all; phases nest."""
 
 # The logger, and with it the errors that belong to a build, is one for the process.
 _one_build_at_a_time = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineRecord:
-    """What the manifest says of an engine.
-
-    Attributes:
-        flavour, tensorrt_version: an engine loads only with the TensorRT that built it.
-        compute_capabilities: the GPUs it is for. With `tensorrt` the one GPU it was built on; with `tensorrt-rtx` those asked
-            for, or none: such an engine was built without asking a GPU and runs on Ampere and later, compiled there on loading.
-        profiles: in the engine's order, so the index is the one that an execution context takes.
-        file, sha256, bytes: the engine file.
-        onnx_sha256: the graph it was built from.
-        seconds: the build's duration.
-        strongly_typed: every tensor has the type that the graph gives it, read back from TensorRT.
-    """
-
-    flavour: str
-    tensorrt_version: str
-    compute_capabilities: tuple[str, ...]
-    profiles: tuple[Profile, ...]
-    file: str
-    sha256: str
-    bytes: int
-    onnx_sha256: str
-    seconds: float
-    strongly_typed: bool
-
-    def to_json(self) -> dict[str, object]:
-        """As the manifest holds it."""
-        fields = vars(self) | {"compute_capabilities": list(self.compute_capabilities)}
-        return fields | {"profiles": [profile.to_json() for profile in self.profiles]}
 
 
 def build_engine(
@@ -67,6 +41,8 @@ def build_engine(
     compute_capabilities: Sequence[str] = (),
     workspace_bytes: int | None = None,
     timing_cache: Path | None = None,
+    version_compatible: bool = False,
+    hardware_compatibility: HardwareCompatibility = "none",
     progress: Progress | None = None,
 ) -> EngineRecord:
     """Compile the graph at `onnx_path` into a strongly typed engine at `out`, which appears only when it is complete.
@@ -82,6 +58,8 @@ def build_engine(
         compute_capabilities: GPUs to build for, as in `8.6`; `tensorrt-rtx` only.
         workspace_bytes: the most scratch memory on the GPU that a layer may take; None leaves the limit to TensorRT.
         timing_cache: kernel timings, read if there and written after the build; `tensorrt` only.
+        version_compatible: make an engine that later releases of the same major TensorRT load too; `tensorrt` only.
+        hardware_compatibility: make an engine that other GPUs run too, at some cost in speed; `tensorrt` only.
         progress: called from another thread as the build goes on.
 
     Raises:
@@ -95,19 +73,18 @@ def build_engine(
         raise DualmatchError("an engine needs at least one profile.")
     for profile in profiles:
         check_profile(profile, inputs)
-    if flavour == "tensorrt-rtx":
-        if timing_cache is not None:
-            raise DualmatchError("flavour 'tensorrt-rtx' times no kernels when it builds: leave the timing cache out.")
-        targets = tuple(compute_capabilities)
-    else:
-        if compute_capabilities:
-            raise DualmatchError(
-                f"flavour {flavour!r} builds for the GPU at hand only: leave compute capabilities out."
-            )
-        targets = (gpu_compute_capability(),)
+    _check_options(
+        flavour,
+        compute_capabilities=compute_capabilities,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatibility,
+    )
+    targets = tuple(compute_capabilities) if flavour == "tensorrt-rtx" else (gpu_compute_capability(),)
 
     stopped = threading.Event()
     monitor = _progress_monitor(trt, stopped, progress)
+    memory = PeakMemory()
     started = time.perf_counter()
 
     def work() -> tuple[bytes, bool]:
@@ -118,21 +95,30 @@ def build_engine(
         _check_inputs(trt, network, inputs, onnx_path)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and then float32 products keep 10 bits
         for profile in profiles:
             config.add_optimization_profile(_optimization_profile(builder, profile))
         if workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         if compute_capabilities:
             _set_targets(trt, config, compute_capabilities)
+        if version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if hardware_compatibility != "none":
+            config.hardware_compatibility_level = {
+                "same-compute-capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+                "ampere-plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+            }[hardware_compatibility]
         if timing_cache is not None:
             _read_timing_cache(config, timing_cache)
         plan = builder.build_serialized_network(network, config)
         if monitor.failure is not None:
             raise monitor.failure
         if plan is None:
-            raise DualmatchError(f"{flavour} cannot build an engine from {onnx_path}: {_reasons(log)}.")
+            raise DualmatchError(f"{flavour} cannot build an engine from {onnx_path}: {tensorrt_reasons(log)}.")
         if timing_cache is not None:
-            write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
+            cache = config.get_timing_cache()
+            write_atomically(timing_cache, bytes(cache.serialize()))
         return bytes(plan), network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
     # In a thread of its own: an exception raised in TensorRT's callbacks, as Ctrl-C would be, cannot pass through its C++ frames.
@@ -145,7 +131,7 @@ def build_engine(
             stopped.set()
             raise
         plan, strongly_typed = building.result()
-    seconds = time.perf_counter() - started
+    seconds, peak = time.perf_counter() - started, memory.peak_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, plan)
     return EngineRecord(
@@ -159,7 +145,41 @@ def build_engine(
         onnx_sha256=sha256_of_file(onnx_path),
         seconds=round(seconds, 3),
         strongly_typed=strongly_typed,
+        platform=this_platform(),
+        peak_memory_bytes=peak,
+        workspace_bytes=workspace_bytes,
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatibility,
     )
+
+
+def _check_options(
+    flavour: str,
+    *,
+    compute_capabilities: Sequence[str],
+    timing_cache: Path | None,
+    version_compatible: bool,
+    hardware_compatibility: HardwareCompatibility,
+) -> None:
+    """Refuse what a flavour does not have, where TensorRT would ignore it or fail in its own words."""
+    if flavour != "tensorrt-rtx":
+        if compute_capabilities:
+            raise DualmatchError(
+                f"flavour {flavour!r} builds for the GPU at hand only: leave compute capabilities out, "
+                "or ask for hardware compatibility."
+            )
+        return
+    if timing_cache is not None:
+        raise DualmatchError("flavour 'tensorrt-rtx' times no kernels when it builds: leave the timing cache out.")
+    if version_compatible:
+        raise DualmatchError(
+            "flavour 'tensorrt-rtx' cannot build version-compatible engines: its engines are bound to its release."
+        )
+    if hardware_compatibility != "none":
+        raise DualmatchError(
+            "flavour 'tensorrt-rtx' has no hardware compatibility levels: say which GPUs by their compute capabilities, "
+            "or none for Ampere and later."
+        )
 
 
 def _progress_monitor(trt: Any, stopped: threading.Event, progress: Progress | None) -> Any:
@@ -199,7 +219,7 @@ def _builder(trt: Any, log: Any, flavour: str) -> Any:
     try:
         return trt.Builder(log)
     except (TypeError, RuntimeError) as error:  # pybind11 says so when TensorRT's factory returns nothing
-        raise DualmatchError(f"{flavour} cannot start: {_reasons(log) or error}.") from None
+        raise DualmatchError(f"{flavour} cannot start: {tensorrt_reasons(log) or error}.") from None
 
 
 def _parsed(trt: Any, log: Any, builder: Any, onnx_path: Path, flavour: str) -> Any:
@@ -207,9 +227,10 @@ def _parsed(trt: Any, log: Any, builder: Any, onnx_path: Path, flavour: str) -> 
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
-        error = parser.get_error(0)
-        node = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
-        raise DualmatchError(f"{flavour} cannot read {onnx_path}: {node}{_without_source_lines(error.desc())}.")
+        parser_error = parser.get_error(0)
+        operator = parser_error.node_operator()
+        node = f"node {parser_error.node_name()!r} ({operator}): " if operator else ""
+        raise DualmatchError(f"{flavour} cannot read {onnx_path}: {node}{without_source_lines(parser_error.desc())}.")
     if network.num_inputs == 0:  # the parser reads an empty file, and some that are no graph, without an error
         raise DualmatchError(f"{flavour} cannot read {onnx_path}: it is not an ONNX graph, or one without inputs.")
     return network
@@ -261,13 +282,3 @@ def _read_timing_cache(config: Any, path: Path) -> None:
         raise DualmatchError(
             f"the timing cache {path} is from another GPU or TensorRT; remove it or give another path."
         )
-
-
-def _reasons(log: Any) -> str:
-    return "; ".join(_without_source_lines(message) for message in list(log.errors)[:3])
-
-
-def _without_source_lines(message: str) -> str:
-    """TensorRT's first two lines (what, and why), without the places in its own source."""
-    lines = [re.sub(r"\s*\bIn \S+ at /\S+:\d+", "", line).strip().rstrip(".") for line in message.splitlines()]
-    return "; ".join(lines[:2])

@@ -1,13 +1,11 @@
 """Optimisation profiles: the shapes that an engine accepts, and the one in each profile that it is tuned for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from dualmatch.runtime.backends import TensorSpec
+from dualmatch.runtime.backends.engine_record import Profile, Shape, ShapeRange
 from dualmatch.runtime.errors import DualmatchError
-
-Shape = tuple[int, ...]
 
 
 class AxisRange(NamedTuple):
@@ -16,32 +14,6 @@ class AxisRange(NamedTuple):
     min: int
     opt: int
     max: int
-
-
-class ShapeRange(NamedTuple):
-    """The smallest, the tuned-for and the largest shape of an input."""
-
-    min: Shape
-    opt: Shape
-    max: Shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """One optimisation profile: for every input of the graph, by name, the shapes it may take."""
-
-    name: str
-    shapes: Mapping[str, ShapeRange]
-
-    def to_json(self) -> dict[str, object]:
-        """As the manifest holds it."""
-        return {
-            "name": self.name,
-            "shapes": {
-                name: {"min": list(shapes.min), "opt": list(shapes.opt), "max": list(shapes.max)}
-                for name, shapes in self.shapes.items()
-            },
-        }
 
 
 NAMED_BATCHES = {"latency": AxisRange(1, 1, 1), "throughput": AxisRange(1, 32, 64)}

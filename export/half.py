@@ -6,7 +6,6 @@ that a sum of squares never passes through float16 on its way to the root.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from dualmatch.runtime.errors import DualmatchError
-
-HALF_MAX = 65504.0
+from dualmatch.runtime.stages import HALF_MAX, Magnitude
 
 # Computed in float32 wherever they occur.
 ISLAND_OPERATORS = frozenset({
@@ -153,20 +151,6 @@ class _Rewriter:
             self.nodes.append(
                 helper.make_node("Cast", [renamed], [output.name], name=f"cast.{output.name}", to=TensorProto.FLOAT)
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Magnitude:
-    """A tensor that is float16 in the rewritten graph, and the largest magnitude that real inputs gave it in float32."""
-
-    tensor: str
-    operator: str
-    largest: float
-
-    @property
-    def share(self) -> float:
-        """Share of float16's range in use; above 1 the tensor overflows."""
-        return self.largest / HALF_MAX
 
 
 def magnitudes(

@@ -17,6 +17,12 @@ def _check_choices(config: Any) -> None:
             raise DualmatchError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_levels(levels: tuple[int, ...]) -> None:
+    """Refuse what are no side counts of a pyramid of boxes."""
+    if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1:
+        raise DualmatchError(f"pyramid levels must be increasing positive integers, got {list(levels)}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrunkConfig:
     """The convolutional network that turns pixels into feature maps.
@@ -73,8 +79,7 @@ class RegionConfig:
         check_range("feature_dim", self.feature_dim, 1, 65536)
         check_range("position_dim", self.position_dim, 0, 65536)
         if self.source == "pyramid":
-            if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 1:
-                raise DualmatchError(f"pyramid levels must be increasing positive integers, got {list(self.levels)}.")
+            check_levels(self.levels)
             if self.position_dim not in (0, 6):
                 raise DualmatchError(
                     f"pyramid regions have 6 numbers of geometry; position_dim must be 0 or 6, got {self.position_dim}."

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .graph_attention import NodeNorm
-from .pooling import l2_normalise, last_node, mean_over_nodes
+from .pooling import box_geometry, box_pooling_weights, l2_normalise, last_node, mean_over_nodes, pyramid_boxes
 from .text import PAD_ID, GruWords, build_words
+from .trunks import CHANNELS, map_size
 from .vsrn_config import Measure, VsrnConfig
 
 
@@ -55,15 +56,42 @@ class RelationLayer(nn.Module):
         return nodes_BNE + self.norm(self.merge(affinity_BNN @ self.value(nodes_BNE)))
 
 
-class VsrnImageEncoder(nn.Module):
-    """Region features to image embeddings (paper sections 3.1 to 3.3)."""
+class PooledRegions(nn.Module):
+    """Regions pooled inside the graph from a fixed pyramid of boxes on a trunk's map; their geometry, the same for every image, behind
+    their channels.
+    """
 
-    input_names = ("regions",)
+    pooling_weights: Tensor
+    geometry: Tensor
 
     def __init__(self, config: VsrnConfig) -> None:
         super().__init__()
+        boxes, size = pyramid_boxes(config.levels), map_size(config.trunk, config.stage)
+        self.register_buffer("pooling_weights", box_pooling_weights(boxes, size, size), persistent=False)
+        geometry = box_geometry(boxes) if config.geometry else boxes.new_zeros(len(boxes), 0)
+        self.register_buffer("geometry", geometry, persistent=False)
+        self.feature_dim = CHANNELS[config.trunk.name][config.stage] + geometry.shape[1]
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        cells_BMC = map_BCHW.flatten(2).transpose(1, 2)
+        regions_BNC = self.pooling_weights.to(cells_BMC.dtype) @ cells_BMC
+        geometry_BNG = self.geometry.to(cells_BMC.dtype).expand(regions_BNC.shape[0], -1, -1)
+        return torch.cat([regions_BNC, geometry_BNG], dim=2)
+
+
+class VsrnImageEncoder(nn.Module):
+    """Region features to image embeddings (paper sections 3.1 to 3.3).
+
+    `forward` takes the graph's inputs; `embed` takes the trunk's maps, which training caches for a frozen trunk.
+    """
+
+    def __init__(self, config: VsrnConfig, trunk: nn.Module | None = None) -> None:
+        super().__init__()
         self.config = config
-        self.project = nn.Linear(config.feature_dim, config.embed_dim)
+        self.trunk = trunk
+        self.pool = None if config.trunk.name == "none" else PooledRegions(config)
+        feature_dim = config.feature_dim if self.pool is None else self.pool.feature_dim
+        self.project = nn.Linear(feature_dim, config.embed_dim)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
         self.relations = nn.ModuleList(RelationLayer(config.embed_dim) for _ in range(config.num_relation_layers))
@@ -72,9 +100,38 @@ class VsrnImageEncoder(nn.Module):
         )
         self.final_norm = nn.BatchNorm1d(config.embed_dim) if config.final_norm else None
 
-    def forward(self, regions: Tensor) -> Tensor:
-        """Embeddings (B, E) from region features (B, N, C), N the same for all images."""
-        return self.summarise(self.relate(regions))
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The trunk's maps that this encoder reads."""
+        return () if self.pool is None else (self.config.stage,)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of `forward`."""
+        return ("regions",) if self.pool is None else ("pixels",)
+
+    def forward(self, regions: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
+        """Embeddings (B, E) from region features (B, N, C), N the same for all images, or from pre-processed pixels (B, 3, S, S)."""
+        return self.summarise(self.nodes(regions, pixels))
+
+    def embed(self, maps: dict[str, Tensor], regions: Tensor | None = None) -> Tensor:
+        """Embeddings (B, E) from the trunk's maps (B, C, H, W) by stage."""
+        return self.summarise(self.nodes_of_maps(maps, regions))
+
+    def nodes(self, regions: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
+        """Regions with their relations (B, N, E) from what `forward` takes."""
+        maps: dict[str, Tensor] = {}
+        if pixels is not None:
+            assert self.trunk is not None
+            maps = self.trunk(pixels)
+        return self.nodes_of_maps(maps, regions)
+
+    def nodes_of_maps(self, maps: dict[str, Tensor], regions: Tensor | None = None) -> Tensor:
+        """Regions with their relations (B, N, E) from what `embed` takes."""
+        if self.pool is not None:
+            regions = self.pool(maps[self.config.stage])
+        assert regions is not None
+        return self.relate(regions)
 
     def relate(self, regions_BNC: Tensor) -> Tensor:
         """Regions with their relations (B, N, E): what the captioning branch describes."""
@@ -99,6 +156,13 @@ class VsrnImageEncoder(nn.Module):
             vectors_BE = l2_normalise(vectors_BE, self.config.l2_epsilon)
         return vectors_BE.abs() if self.config.absolute else vectors_BE
 
+    def train(self, mode: bool = True) -> "VsrnImageEncoder":
+        """As usual, but a frozen trunk stays in evaluation mode: its BatchNorm statistics are part of its weights."""
+        super().train(mode)
+        if self.trunk is not None and self.config.trunk.frozen:
+            self.trunk.eval()
+        return self
+
 
 class VsrnTextEncoder(nn.Module):
     """Token ids to caption embeddings: the GRU's state at the last word. They do not depend on padding."""
@@ -121,15 +185,21 @@ class VsrnTextEncoder(nn.Module):
 class VSRN(nn.Module):
     """Both encoders.
 
+    Args:
+        config: the network.
+        trunk: the image trunk, from `trunks.build_trunk`; None where regions come from files.
+
     Raises:
         DualmatchError: the vocabulary's size was not filled in.
     """
 
-    def __init__(self, config: VsrnConfig) -> None:
+    def __init__(self, config: VsrnConfig, trunk: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = VsrnImageEncoder(config)
+        self.image_encoder = VsrnImageEncoder(config, trunk)
         self.text_encoder = VsrnTextEncoder(config)
+        if trunk is not None and config.trunk.frozen:
+            trunk.requires_grad_(False)
 
     def similarity(self, images_IE: Tensor, captions_ME: Tensor) -> Tensor:
         """Similarities (I, M) by the configuration's measure."""

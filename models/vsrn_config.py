@@ -6,7 +6,7 @@ from typing import Literal
 from dualmatch.runtime.configs import check_range
 from dualmatch.runtime.errors import DualmatchError
 
-from .config import TextConfig, _check_choices
+from .config import TextConfig, TrunkConfig, _check_choices, check_levels
 
 Measure = Literal["cosine", "order"]
 
@@ -52,7 +52,11 @@ class VsrnConfig:
     them by descending detector confidence; for Table 5's other orders (box size, random), write the region file in that order.
 
     Attributes:
-        feature_dim: channels of a region feature.
+        trunk: `none`, as in the paper, where regions come from files; or the network whose map regions are pooled from inside the
+            graph, so that pixels are the only input (see `RegionConfig`, whose `stage` and `levels` these are).
+        stage, levels: the trunk's map, and its pyramid of boxes, largest first, in which order global reasoning reads them.
+        geometry: a pooled region's six numbers of geometry stand behind its channels; the relation layers know no places without.
+        feature_dim: channels of a region feature from files.
         embed_dim: D, width of the shared space.
         num_relation_layers: region relationship reasoning (section 3.2): 0 leaves it out.
         global_reasoning: what makes one vector of the regions: the last state of a `gru` (section 3.3), or their `mean` (GSR off).
@@ -68,6 +72,10 @@ class VsrnConfig:
         captioning: the branch that training adds.
     """
 
+    trunk: TrunkConfig = field(default_factory=lambda: TrunkConfig(name="none"))
+    stage: Literal["final", "previous"] = "final"
+    levels: tuple[int, ...] = (1, 2, 3)
+    geometry: bool = True
     feature_dim: int = 2048
     embed_dim: int = 2048
     num_relation_layers: int = 4
@@ -86,6 +94,7 @@ class VsrnConfig:
         _check_choices(self)
         check_range("feature_dim", self.feature_dim, 1, 65536)
         check_range("embed_dim", self.embed_dim, 1, 65536)
+        check_levels(self.levels)
         check_range("num_relation_layers", self.num_relation_layers, 0, 64)
         if self.l2_epsilon:  # its square must still be a float32 number
             check_range("l2_epsilon", self.l2_epsilon, 1e-18, 1.0)

@@ -8,8 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import Session, open_session
-from .bundle import Bundle, load_bundle
+from .backends import Session, open_encoder
+from .bundle import Bundle, EncoderName, load_bundle
 from .datasets import ImageItem
 from .errors import DualmatchError
 from .preprocess import ImageLike
@@ -25,14 +25,14 @@ class _Encoder:
     session: Session
     batch_size: int
 
-    def __init__(self, bundle: Bundle, encoder: str, *, backend: str, threads: int, batch_size: int) -> None:
+    def __init__(self, bundle: Bundle, encoder: EncoderName, *, backend: str, threads: int, batch_size: int) -> None:
         if batch_size < 1:
             raise DualmatchError(f"the batch size must be at least 1, got {batch_size}.")
         entry = bundle.manifest.encoders[encoder]
         self.bundle = bundle
         self.batch_size = batch_size
         self.dimension = bundle.manifest.embedding_dimension
-        self.session = open_session(bundle.path / entry.file, backend=backend, threads=threads)
+        self.session = open_encoder(bundle, encoder, backend=backend, threads=threads)
         self._output = entry.outputs[0].name
         promised = {spec.name for spec in entry.inputs}
         if promised != {spec.name for spec in self.session.inputs}:
@@ -164,7 +164,7 @@ class TextEncoder(_Encoder):
     ) -> None:
         bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         super().__init__(bundle, "text", backend=backend, threads=threads, batch_size=batch_size)
-        self.tokenizer = CaptionTokenizer(bundle.file("tokenizer.json"), bundle.manifest.tokenizer)
+        self.tokenizer = CaptionTokenizer(bundle.read("tokenizer.json"), bundle.manifest.tokenizer)
 
     def encode_prepared(self, prepared: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Embeddings of one batch of captions' ids, (n, dimension)."""

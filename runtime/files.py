@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import DualmatchError
 
@@ -50,8 +51,77 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DualmatchError(f"{what}: there is no file {path}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DualmatchError(f"{what}: {path} cannot be read as JSON ({error}).") from None
+
+
+MAX_JSON_DEPTH = 64
+FOLDER_KINDS = {
+    "manifest.json": ("a bundle", "`dualmatch export RUN --out BUNDLE`"),
+    "run.json": ("a training run", "`dualmatch train RECIPE --data DATA --out RUN`"),
+    "index.json": ("a gallery", "`dualmatch runtime encode-gallery BUNDLE PHOTOS --out GALLERY`"),
+}
+"""The file that tells each kind of folder, what to call it, and the command that makes one."""
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON that means one thing to every reader: UTF-8, no key twice, no NaN or infinity, whole numbers of 64 bits, bounded depth.
+
+    Raises:
+        ValueError: it is not; the text says why.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {key!r} stands there {times} times")
+        return values
+
+    def whole(text: str) -> int:
+        if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+            raise ValueError(f"a number of {len(text)} digits does not fit 64 bits")
+        return int(text)
+
+    def real(text: str) -> float:
+        value = float(text)
+        if value in (float("inf"), float("-inf")):
+            raise ValueError("a number is too large for 64-bit floating point")
+        return value
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is no number in JSON")
+
+    try:
+        values = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_int=whole, parse_float=real, parse_constant=constant
+        )
+    except RecursionError:
+        raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels") from None
+    level = [values]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+    if level:
+        raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
+    return values
+
+
+def refuse_other_kind(path: Path, wanted: str) -> None:
+    """Say so where `path` is plainly something else than `wanted` (`a bundle`, `a training run`, `a gallery`).
+
+    Raises:
+        DualmatchError: it is another kind of folder, or a file.
+    """
+    if path.is_file():
+        raise DualmatchError(f"{path} is a file, but {wanted} is a folder.")
+    how = dict(FOLDER_KINDS.values())[wanted]
+    found = [kind for name, (kind, _) in FOLDER_KINDS.items() if (path / name).is_file()]
+    if found and wanted not in found:
+        raise DualmatchError(f"{path} is {found[0]}, not {wanted}; {how} makes {wanted}.")
 
 
 def refuse_existing(path: Path, what: str, *, force: bool = False) -> None:

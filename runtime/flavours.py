@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 from collections import deque
 from functools import cache
 from typing import Any
@@ -65,19 +66,39 @@ def tensorrt_logger(flavour: str) -> Any:
     return TensorrtLogger()
 
 
+def tensorrt_reasons(log: Any) -> str:
+    """What TensorRT last said was wrong, for a sentence; `log` is a `tensorrt_logger`."""
+    return "; ".join(without_source_lines(message) for message in list(log.errors)[:3])
+
+
+def without_source_lines(message: str) -> str:
+    """TensorRT's first two lines (what, and why), without the places in its own source."""
+    lines = [re.sub(r"\s*\bIn \S+ at /\S+:\d+", "", line).strip().rstrip(".") for line in message.splitlines()]
+    return "; ".join(lines[:2])
+
+
+def cuda_runtime() -> Any:
+    """The imported `cuda.bindings.runtime`.
+
+    Raises:
+        DualmatchError: cuda-bindings is not installed.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        raise DualmatchError(
+            "using the GPU needs cuda-bindings, which is not installed: pip install 'dualmatch[tensorrt]' (or [tensorrt-rtx])."
+        ) from None
+    return runtime
+
+
 def gpu_compute_capability() -> str:
     """The compute capability of the current CUDA device, as in `8.9`.
 
     Raises:
         DualmatchError: cuda-bindings is not installed, or there is no GPU or driver to ask.
     """
-    try:
-        from cuda.bindings import runtime as cudart
-    except ImportError:
-        raise DualmatchError(
-            "asking the GPU for its compute capability needs cuda-bindings, which is not installed: "
-            "pip install 'dualmatch[tensorrt]' (or [tensorrt-rtx])."
-        ) from None
+    cudart = cuda_runtime()
 
     def checked(call: tuple[Any, int | None]) -> int:
         status, value = call

@@ -3,21 +3,19 @@
 Comparison measures; `decide` rules. Used by export's gate and by `verify`, so that both mean the same thing.
 """
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .bootstrap import CUTOFFS, bound, images_needed, losses
+from .configs import check_range
 from .errors import DualmatchError
 from .recall import Recall, evaluate, ranks
 
 Embeddings = NDArray[np.float32]
 Verdict = Literal["pass", "fail", "too few pairs"]
-
-_RESAMPLES = 2000
-_CUTOFFS = (1, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +27,45 @@ class Tolerances:
         worst_cosine: least cosine between an embedding before and after.
         component: where given, the largest absolute difference of any component; it then decides in place of the bound, on any number
             of pairs (float32 must give the same numbers, not only the same recall).
+
+    Raises:
+        DualmatchError: a loss or a component below 0, or a cosine outside [-1, 1].
     """
 
     rsum_loss: float
     worst_cosine: float
     component: float | None = None
 
+    def __post_init__(self) -> None:
+        check_range("the tolerance of the loss of Rsum", self.rsum_loss, 0, 600)
+        check_range("the floor of the cosine", self.worst_cosine, -1, 1)
+        check_range("the tolerance of a component", self.component or 0.0, 0, 2)
+
 
 TOLERANCES = {
     "fp32": Tolerances(rsum_loss=0.1, worst_cosine=0.999999, component=1e-5),
     "fp16": Tolerances(rsum_loss=0.5, worst_cosine=0.999),
+    # Eight bits move single embeddings visibly and retrieval hardly: recall decides, the floor finds what is broken.
+    "int8": Tolerances(rsum_loss=3.0, worst_cosine=0.95),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """A query whose answer entered or left the first K."""
+    """A query whose answer entered or left the first K.
+
+    Attributes:
+        query: index of the image (i2t) or of the caption (t2i).
+        rank_before, rank_after: 0-based rank of its best right answer.
+        first_before, first_after: index of what was ranked first.
+    """
 
     direction: Literal["i2t", "t2i"]
     query: int
     rank_before: int
     rank_after: int
+    first_before: int
+    first_after: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +75,8 @@ class Comparison:
     Attributes:
         before, after: recall with its protocol.
         rsum_loss: Rsum before minus after, in points.
-        bound: 95% one-sided upper bound of that loss, from resampling images with their captions (paired bootstrap).
+        bound: 95% one-sided upper bound of that loss, from resampling images with their captions (see `bootstrap.bound`).
+        losses: for each image the points of Rsum that it lost, its captions included; float64 (images,), their mean is `rsum_loss`.
         largest_difference: of any component of any embedding.
         image_cosine, caption_cosine: worst, 1st percentile and median cosine between before and after.
         same_first: share of queries, both directions, whose first answer is the same, in percent.
@@ -72,6 +89,7 @@ class Comparison:
     after: Recall
     rsum_loss: float
     bound: float
+    losses: NDArray[np.float64] = field(compare=False, repr=False)
     largest_difference: float
     image_cosine: tuple[float, float, float]
     caption_cosine: tuple[float, float, float]
@@ -87,23 +105,29 @@ class Comparison:
         return min(self.image_cosine[0], self.caption_cosine[0])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; flips are cut to the first twenty."""
+        """Plain values, the flipped queries as their number: `Verification` names them."""
         values = asdict(self)
-        values |= {
+        del values["losses"]
+        return values | {
             "before": self.before.to_json(),
             "after": self.after.to_json(),
-            "flips": [asdict(flip) for flip in self.flips[:20]],
+            "flips": len(self.flips),
         }
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The verdict and the sentence that explains it; `pairs_needed` where more images would decide."""
+    """The verdict and the sentence that explains it.
+
+    Attributes:
+        pairs_needed: where the pairs were too few, about how many images with their captions would decide; None also where none would.
+        smallest: the tightest tolerances that would have passed; None where retrieval was not compared.
+    """
 
     verdict: Verdict
     reason: str
     pairs_needed: int | None = None
+    smallest: Tolerances | None = None
 
 
 def compare(
@@ -137,11 +161,13 @@ def compare(
     lost, won = _flipped_hits(ranks_before, ranks_after)
     same_first, overlap = _agreement(similarity_before, similarity_after)
     differences = [float(np.abs(a - b).max(initial=0.0)) for a, b in zip(before, after, strict=True)]
+    per_image = losses(ranks_before, ranks_after, caption_image)
     return Comparison(
         before=recall_before,
         after=recall_after,
-        rsum_loss=recall_before.rsum - recall_after.rsum,
-        bound=_bootstrap_bound(ranks_before, ranks_after, caption_image),
+        rsum_loss=round(recall_before.rsum - recall_after.rsum, 9),  # else 0.1 + 0.2 is above a tolerance of 0.3
+        bound=bound(per_image),
+        losses=per_image,
         largest_difference=max(differences),
         image_cosine=_cosine_quantiles(before[0], after[0]),
         caption_cosine=_cosine_quantiles(before[1], after[1]),
@@ -149,71 +175,76 @@ def compare(
         overlap_at_10=overlap,
         hits_lost=lost,
         hits_won=won,
-        flips=_flips(ranks_before, ranks_after),
+        flips=_flips((ranks_before, ranks_after), similarity_before, similarity_after),
+    )
+
+
+def smallest_tolerances(comparison: Comparison, *, component: bool) -> Tolerances:
+    """The tightest tolerances with which `decide` passes, rounded away from what was measured; `component` where it decides."""
+    return Tolerances(
+        rsum_loss=_at_least(max(comparison.bound, comparison.rsum_loss, 0.0), 2),
+        worst_cosine=-_at_least(-max(-1.0, min(comparison.worst_cosine, 1.0)), 6),
+        component=float(f"{comparison.largest_difference * 1.01:.2e}") if component else None,
     )
 
 
 def decide(comparison: Comparison, tolerances: Tolerances) -> Decision:
     """Pass only what is shown to be within the tolerances; everything else is refused."""
+    smallest = smallest_tolerances(comparison, component=tolerances.component is not None)
     if not comparison.worst_cosine >= tolerances.worst_cosine:
         return Decision(
             verdict="fail",
             reason=f"the worst cosine is {comparison.worst_cosine:.6f}, below the floor of {tolerances.worst_cosine}; "
-            f"a floor of {_floor(comparison.worst_cosine)} would have passed",
+            f"a floor of {smallest.worst_cosine} would have passed",
+            smallest=smallest,
         )
     if tolerances.component is not None:
         if comparison.largest_difference > tolerances.component:
             return Decision(
                 verdict="fail",
                 reason=f"the largest difference of a component is {comparison.largest_difference:.2e}, above {tolerances.component:.0e}; "
-                f"a tolerance of {comparison.largest_difference * 1.01:.2e} would have passed",
+                f"a tolerance of {smallest.component:.2e} would have passed",
+                smallest=smallest,
             )
         return Decision(
             verdict="pass",
-            reason=f"every component agrees within {comparison.largest_difference:.2e} (tolerance {tolerances.component:.0e})",
+            reason=f"every component agrees within {comparison.largest_difference:.2e} (tolerance {tolerances.component:.0e}); "
+            f"the smallest tolerance that would have passed is {smallest.component:.2e}",
+            smallest=smallest,
         )
     limit = tolerances.rsum_loss
     if comparison.rsum_loss > limit:
         return Decision(
             verdict="fail",
-            reason=f"Rsum fell by {comparison.rsum_loss:.2f}, more than {limit}; a tolerance of {_ceiling(comparison.bound)} would have passed",
-        )
-    # One image query is worth 100 / images points at each cut-off: with fewer images than this a single flip decides.
-    images = comparison.before.protocol.images
-    least = math.ceil(100 / limit)
-    if images < least:
-        return Decision(
-            verdict="too few pairs",
-            reason=f"with {images} images one flipped query moves Rsum by {100 / images:.2f}, more than the tolerance of {limit}; "
-            f"about {least} images are needed",
-            pairs_needed=least,
+            reason=f"Rsum fell by {comparison.rsum_loss:.2f}, more than {limit}; a tolerance of {smallest.rsum_loss} would have passed",
+            smallest=smallest,
         )
     if comparison.bound > limit:
-        spread = comparison.bound - comparison.rsum_loss
-        needed = (
-            math.ceil(images * (spread / (limit - comparison.rsum_loss)) ** 2)
-            if limit > comparison.rsum_loss
-            else images * 10
+        needed = images_needed(comparison.losses, limit)
+        wanted = (
+            "no number of pairs would settle it"
+            if needed is None
+            else f"about {needed} images with captions are needed"
         )
         return Decision(
             verdict="too few pairs",
-            reason=f"the loss of Rsum is {comparison.rsum_loss:.2f} but its 95% bound {comparison.bound:.2f} passes the tolerance of {limit}; "
-            f"about {needed} images are needed to tell, or a tolerance of {_ceiling(comparison.bound)} would have passed",
+            reason=f"Rsum changed by {0.0 - comparison.rsum_loss:+.2f}, but on {len(comparison.losses)} images the 95% bound of its loss is "
+            f"{comparison.bound:.2f}, above the tolerance of {limit}; {wanted} to tell, or a tolerance of {smallest.rsum_loss} would have passed",
             pairs_needed=needed,
+            smallest=smallest,
         )
     return Decision(
         verdict="pass",
-        reason=f"Rsum changed by {-comparison.rsum_loss:+.2f}, 95% bound of the loss {comparison.bound:.2f}; "
-        f"the smallest tolerance that would have passed is {_ceiling(comparison.bound)}",
+        reason=f"Rsum changed by {0.0 - comparison.rsum_loss:+.2f}, 95% bound of the loss {comparison.bound:.2f} (tolerance {limit}); "
+        f"the smallest tolerance that would have passed is {smallest.rsum_loss}",
+        smallest=smallest,
     )
 
 
-def _ceiling(value: float) -> float:
-    return math.ceil(max(value, 0.0) * 100) / 100
-
-
-def _floor(value: float) -> float:
-    return math.floor(value * 1e6) / 1e6
+def _at_least(value: float, digits: int) -> float:
+    """The smallest number of so many decimals that is not below `value`."""
+    near = round(value, digits)
+    return near if near >= value else round(near + 10**-digits, digits)
 
 
 def _cosine_quantiles(before: Embeddings, after: Embeddings) -> tuple[float, float, float]:
@@ -228,21 +259,34 @@ def _cosine_quantiles(before: Embeddings, after: Embeddings) -> tuple[float, flo
 def _flipped_hits(before: tuple[NDArray[np.int64], ...], after: tuple[NDArray[np.int64], ...]) -> tuple[int, int]:
     lost = won = 0
     for first, second in zip(before, after, strict=True):
-        for k in _CUTOFFS:
+        for k in CUTOFFS:
             lost += int(((first < k) & (second >= k)).sum())
             won += int(((first >= k) & (second < k)).sum())
     return lost, won
 
 
-def _flips(before: tuple[NDArray[np.int64], ...], after: tuple[NDArray[np.int64], ...]) -> tuple[Flip, ...]:
+def _flips(
+    ranks_before_after: tuple[tuple[NDArray[np.int64], ...], tuple[NDArray[np.int64], ...]],
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+) -> tuple[Flip, ...]:
     flips = []
-    for direction, first, second in zip(("i2t", "t2i"), before, after, strict=True):
-        crossed = np.zeros(len(first), dtype=bool)
-        for k in _CUTOFFS:
-            crossed |= (first < k) != (second < k)
-        for query in np.flatnonzero(crossed).tolist():
-            one = Flip(direction=direction, query=query, rank_before=int(first[query]), rank_after=int(second[query]))  # type: ignore[arg-type]
-            flips.append(one)
+    ways: tuple[Literal["i2t", "t2i"], ...] = ("i2t", "t2i")
+    for direction, old, new, first, second in zip(
+        ways, *ranks_before_after, (before, before.T), (after, after.T), strict=True
+    ):
+        crossed = np.any([(old < k) != (new < k) for k in CUTOFFS], axis=0)
+        flips += [
+            Flip(
+                direction=direction,
+                query=query,
+                rank_before=int(old[query]),
+                rank_after=int(new[query]),
+                first_before=int(first[query].argmax()),
+                first_after=int(second[query].argmax()),
+            )
+            for query in np.flatnonzero(crossed).tolist()
+        ]
     return tuple(sorted(flips, key=lambda flip: flip.rank_before - flip.rank_after))
 
 
@@ -258,22 +302,3 @@ def _agreement(before: NDArray[np.float32], after: NDArray[np.float32]) -> tuple
         )
         queries += len(first)
     return 100 * same / queries, 100 * shared / queries
-
-
-def _bootstrap_bound(
-    before: tuple[NDArray[np.int64], ...], after: tuple[NDArray[np.int64], ...], caption_image: NDArray[np.int64]
-) -> float:
-    """95% quantile of the Rsum loss over resampled images; a caption is resampled with its image."""
-    images = len(before[0])
-    captions_of_image = np.bincount(caption_image, minlength=images)
-    image_loss = sum(((before[0] < k).astype(np.float64) - (after[0] < k)) for k in _CUTOFFS)
-    caption_loss = sum(((before[1] < k).astype(np.float64) - (after[1] < k)) for k in _CUTOFFS)
-    loss_of_captions = np.bincount(caption_image, weights=np.asarray(caption_loss), minlength=images)
-    chance = np.random.default_rng(0)
-    losses = []
-    for _ in range(0, _RESAMPLES, 100):
-        counts = chance.multinomial(images, np.full(images, 1 / images), size=100)
-        losses.append(
-            100 * (counts @ np.asarray(image_loss) / images + counts @ loss_of_captions / (counts @ captions_of_image))
-        )
-    return float(np.quantile(np.concatenate(losses), 0.95))

@@ -4,7 +4,7 @@ The rank of an item is the number of items that score higher, plus those that sc
 counted in float32, one row at a time, so nothing but the matrix itself grows with it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -138,47 +138,55 @@ def evaluate(
         DualmatchError: NaN in the similarity, an image without a caption, sizes that do not fit, or candidates of another similarity.
     """
     num_images, num_captions = shape_of(similarity)
-    image_of = _caption_image(num_images, num_captions, caption_image, captions_per_image)
-    if folds < 1 or num_images % folds:
-        raise DualmatchError(
-            f"{num_images} images cannot be cut into {folds} equal folds; choose a number that divides them."
-        )
+    image_of = checked_caption_image(num_images, num_captions, caption_image, captions_per_image)
+    require_folds(image_of, num_images, folds)
     if folds > 1 and not all(given is None or callable(given) for given in (i2t, t2i)):
         raise DualmatchError(
             f"re-ranked candidates of the whole matrix do not fit {folds} folds; pass the function that re-ranks."
         )
 
-    size = num_images // folds
-    parts: list[tuple[Metrics, Metrics]] = []
+    parts: list[tuple[Ranks, Ranks]] = []
     k1_i2t = k1_t2i = 0
-    for start in range(0, num_images, size):
-        part, owner = (similarity, image_of) if folds == 1 else _fold(similarity, image_of, start, start + size)
+    for images, captions in fold_members(image_of, num_images, folds):
+        part, owner = (similarity, image_of) if folds == 1 else _fold(similarity, image_of, images, captions)
         ranks_of_images, ranks_of_captions = ranks(part, owner)
         if i2t is not None:
-            candidates = _checked(i2t(part) if callable(i2t) else i2t, "i2t", queries=size, items=len(owner))
-            own = owner[candidates] == np.arange(size)[:, None]
-            ranks_of_images, k1_i2t = _reranked(ranks_of_images, own, "i2t"), candidates.shape[1]
+            candidates = _checked(i2t(part) if callable(i2t) else i2t, "i2t", queries=len(part), items=len(owner))
+            ranks_of_images = reranked_i2t(ranks_of_images, candidates, owner)
+            k1_i2t = candidates.shape[1]
         if t2i is not None:
-            candidates = _checked(t2i(part) if callable(t2i) else t2i, "t2i", queries=len(owner), items=size)
-            ranks_of_captions = _reranked(ranks_of_captions, candidates == owner[:, None], "t2i")
+            candidates = _checked(t2i(part) if callable(t2i) else t2i, "t2i", queries=len(owner), items=len(part))
+            ranks_of_captions = reranked_t2i(ranks_of_captions, candidates, owner)
             k1_t2i = candidates.shape[1]
-        parts.append((Metrics.of(ranks_of_images), Metrics.of(ranks_of_captions)))
+        parts.append((ranks_of_images, ranks_of_captions))
+    return summary(parts, image_of, split=split, ensemble=ensemble, k1_i2t=k1_i2t, k1_t2i=k1_t2i)
 
+
+def summary(
+    parts: Sequence[tuple[Ranks, Ranks]],
+    image_of: Ranks,
+    *,
+    split: str | None = None,
+    ensemble: int = 1,
+    k1_i2t: int = 0,
+    k1_t2i: int = 0,
+) -> Recall:
+    """The recall of each fold's 0-based ranks (of its images, of its captions), and the protocol; a k1 of 0 is no re-ranking."""
     per_image = np.bincount(image_of)
     fewest, most = int(per_image.min()), int(per_image.max())
     reranked = [f"{name} k1={k1}" for name, k1 in (("i2t", k1_i2t), ("t2i", k1_t2i)) if k1]
     protocol = Protocol(
         split=split,
-        images=num_images,
-        captions=num_captions,
+        images=len(per_image),
+        captions=len(image_of),
         captions_per_image=str(fewest) if fewest == most else f"{fewest} to {most}",
-        folds=folds,
+        folds=len(parts),
         rerank=" and ".join(reranked) or "none",
         ensemble=ensemble,
     )
     return Recall(
-        i2t=Metrics.average([images for images, _ in parts]),
-        t2i=Metrics.average([captions for _, captions in parts]),
+        i2t=Metrics.average([Metrics.of(images) for images, _ in parts]),
+        t2i=Metrics.average([Metrics.of(captions) for _, captions in parts]),
         protocol=protocol,
     )
 
@@ -190,13 +198,13 @@ def recall_at(ranks: Ranks, k: int) -> float:
 
 def ranks_i2t(similarity: Matrix, caption_image: ArrayLike) -> Ranks:
     """For each image the 0-based rank of the best of its captions, int64 (images,); raises as `evaluate`."""
-    own_captions = _OwnCaptions(*_checked_pair(similarity, caption_image))
+    own_captions = _own_captions(*_checked_pair(similarity, caption_image))
     return np.fromiter((own_captions.rank(index, row) for index, row in rows(similarity)), np.int64, len(similarity))
 
 
 def ranks_t2i(similarity: Matrix, caption_image: ArrayLike) -> Ranks:
     """For each caption the 0-based rank of its image, int64 (captions,); raises as `evaluate`."""
-    own_image = _OwnImage(similarity, _checked_pair(similarity, caption_image)[1])
+    own_image = _own_image(similarity, _checked_pair(similarity, caption_image)[1])
     for index, row in rows(similarity):
         own_image.count(index, row)
     return own_image.ranks()
@@ -205,7 +213,7 @@ def ranks_t2i(similarity: Matrix, caption_image: ArrayLike) -> Ranks:
 def ranks(similarity: Matrix, caption_image: ArrayLike) -> tuple[Ranks, Ranks]:
     """`ranks_i2t` and `ranks_t2i` in one pass, so that the matrix is read from memory once."""
     num_images, image_of = _checked_pair(similarity, caption_image)
-    own_captions, own_image = _OwnCaptions(num_images, image_of), _OwnImage(similarity, image_of)
+    own_captions, own_image = _own_captions(num_images, image_of), _own_image(similarity, image_of)
     ranks_of_images = np.empty(num_images, np.int64)
     for index, row in rows(similarity):
         ranks_of_images[index] = own_captions.rank(index, row)
@@ -213,16 +221,17 @@ def ranks(similarity: Matrix, caption_image: ArrayLike) -> tuple[Ranks, Ranks]:
     return ranks_of_images, own_image.ranks()
 
 
-def rows(similarity: Matrix) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Each row with its index, contiguous and float32 (what is neither is converted in small blocks).
+def rows(similarity: Matrix, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Each row from `first` to before `stop` with its index, contiguous and float32 (what is neither is converted in small blocks).
 
     Raises:
         DualmatchError: the row holds NaN, which has no place in any ranking.
     """
     similarity = np.asarray(similarity)  # a plain view: every operation on a np.memmap pays for the subclass
     as_it_is = similarity.dtype == np.float32 and similarity.strides[1] == similarity.itemsize
-    for start in range(0, len(similarity), _ROWS_PER_BLOCK):
-        block = similarity[start : start + _ROWS_PER_BLOCK]
+    stop = len(similarity) if stop is None else stop
+    for start in range(first, stop, _ROWS_PER_BLOCK):
+        block = similarity[start : min(start + _ROWS_PER_BLOCK, stop)]
         if not as_it_is:
             block = np.array(block, dtype=np.float32, order="C")
         for index, row in enumerate(block, start):
@@ -249,61 +258,93 @@ def nan_error(row: int, column: int) -> DualmatchError:
     return DualmatchError(f"the similarity of row {row} and column {column} is NaN; encode again and find out why.")
 
 
-class _OwnCaptions:
-    """Ranks an image's best caption within the image's row."""
+class RanksWithinLines:
+    """In each line of scores, the rank of the best of the line's own items.
 
-    def __init__(self, num_images: int, image_of: Ranks) -> None:
-        # By image and then by index, so that argmax takes the smaller index.
-        self.captions = np.argsort(image_of, kind="stable")
-        self.bounds = np.searchsorted(image_of[self.captions], np.arange(num_images + 1))
+    Args:
+        line_of, item_of: (pairs,): which items are whose own, every line having one at least.
+    """
 
-    def rank(self, image: int, row: NDArray[np.float32]) -> int:
-        captions = self.captions[self.bounds[image] : self.bounds[image + 1]]
-        scores = row[captions]
-        best = scores.argmax()
-        caption, score = captions[best], scores[best]
-        return int(np.count_nonzero(row[:caption] >= score) + np.count_nonzero(row[caption:] > score))
+    def __init__(self, num_lines: int, line_of: Ranks, item_of: Ranks) -> None:
+        # By line and then by item, so that argmax takes the smaller item.
+        order = np.lexsort((item_of, line_of))
+        self._items = item_of[order]
+        self._bounds = np.searchsorted(line_of[order], np.arange(num_lines + 1)).tolist()
+
+    def rank(self, index: int, line: NDArray[np.float32]) -> int:
+        """0-based, in the line `index`, (items,)."""
+        items = self._items[self._bounds[index] : self._bounds[index + 1]]
+        item = items[line[items].argmax()] if len(items) > 1 else items[0]
+        score = line[item]
+        return int(np.count_nonzero(line[:item] >= score) + np.count_nonzero(line[item:] > score))
 
 
-class _OwnImage:
-    """Counts, row by row, the images that rank above each caption's own."""
+class RanksAcrossLines:
+    """Counts, line by line, the lines that rank above a query's own line in the query's column.
 
-    def __init__(self, similarity: Matrix, image_of: Ranks) -> None:
-        self.in_order = bool((np.diff(image_of) >= 0).all())
-        # By image: at any row, the captions whose own image has passed are the first ones.
-        self.captions = np.argsort(image_of, kind="stable")
-        self.ends = np.searchsorted(image_of[self.captions], np.arange(len(similarity)), side="right")
-        self.scores = similarity[image_of[self.captions], self.captions].astype(np.float32)
-        self.above = np.empty(len(image_of), bool)
-        self.counted_uint8 = np.zeros(len(image_of), np.uint8)
-        self.counted = np.zeros(len(image_of), np.int64)
-        self.pending = 0
+    Args:
+        own_line, scores: (queries,): each query's own line and its score there.
+        column_of: (queries,): the query's place in a line; without it query q is column q.
+    """
 
-    def count(self, image: int, row: NDArray[np.float32]) -> None:
-        if not self.in_order:
-            row = row[self.captions]
-        end = self.ends[image]
-        np.greater(row[:end], self.scores[:end], out=self.above[:end])
-        # This image comes before the own image of the rest: an equal score ranks above theirs.
-        np.greater_equal(row[end:], self.scores[end:], out=self.above[end:])
-        self.counted_uint8 += self.above.view(np.uint8)
-        self.pending += 1
-        if self.pending == _LARGEST_UINT8:
+    def __init__(
+        self, num_lines: int, own_line: Ranks, scores: NDArray[np.float32], column_of: Ranks | None = None
+    ) -> None:
+        # By own line: at any line, the queries whose own line has passed are the first ones.
+        self._order = np.argsort(own_line, kind="stable")
+        self._ends = np.searchsorted(own_line[self._order], np.arange(num_lines), side="right").tolist()
+        self._scores = scores[self._order]
+        in_place = column_of is None and bool((np.diff(own_line) >= 0).all())  # then nothing has to be gathered
+        self._columns = None if in_place else self._order if column_of is None else column_of[self._order]
+        self._line = np.empty(len(scores), np.float32)
+        self._above = np.empty(len(scores), bool)
+        self._counted_uint8 = np.zeros(len(scores), np.uint8)
+        self._counted = np.zeros(len(scores), np.int64)
+        self._pending = 0
+
+    def count(self, index: int, line: NDArray[np.float32]) -> None:
+        """Compare every query's own score with the line `index`; lines may come in any order, each once."""
+        if self._columns is not None:
+            line = line.take(self._columns, out=self._line, mode="clip")  # the mode that needs no buffer
+        end = self._ends[index]
+        np.greater(line[:end], self._scores[:end], out=self._above[:end])
+        # This line comes before the own line of the rest: an equal score ranks above theirs.
+        np.greater_equal(line[end:], self._scores[end:], out=self._above[end:])
+        self._counted_uint8 += self._above.view(np.uint8)
+        self._pending += 1
+        if self._pending == _LARGEST_UINT8:
             self._carry()
 
     def _carry(self) -> None:
-        self.counted += self.counted_uint8
-        self.counted_uint8[:] = 0
-        self.pending = 0
+        self._counted += self._counted_uint8
+        self._counted_uint8[:] = 0
+        self._pending = 0
 
     def ranks(self) -> Ranks:
+        """The counts after all lines, 0-based ranks (queries,)."""
         self._carry()
-        ranks = np.empty_like(self.counted)
-        ranks[self.captions] = self.counted
+        ranks = np.empty_like(self._counted)
+        ranks[self._order] = self._counted
         return ranks
 
 
-def _caption_image(num_images: int, num_captions: int, given: ArrayLike | None, captions_per_image: int) -> Ranks:
+def _own_captions(num_images: int, image_of: Ranks) -> RanksWithinLines:
+    return RanksWithinLines(num_images, image_of, np.arange(len(image_of)))
+
+
+def _own_image(similarity: Matrix, image_of: Ranks) -> RanksAcrossLines:
+    scores = similarity[image_of, np.arange(len(image_of))].astype(np.float32)
+    return RanksAcrossLines(len(similarity), image_of, scores)
+
+
+def checked_caption_image(
+    num_images: int, num_captions: int, given: ArrayLike | None, captions_per_image: int = 0
+) -> Ranks:
+    """For each caption the index of its image, int64 (captions,).
+
+    Raises:
+        DualmatchError: sizes that do not fit, an index that is none, or an image without a caption.
+    """
     if given is None:
         if num_captions != num_images * captions_per_image:
             raise DualmatchError(
@@ -329,17 +370,51 @@ def _caption_image(num_images: int, num_captions: int, given: ArrayLike | None, 
     return image_of.astype(np.int64)
 
 
+def require_folds(image_of: Ranks, num_images: int, folds: int, *, k1_i2t: int = 0, k1_t2i: int = 0) -> None:
+    """Refuse a protocol that does not fit the sizes, before any work.
+
+    Raises:
+        DualmatchError: folds of unequal size, or more candidates to re-rank than a fold has items.
+    """
+    if folds < 1 or num_images % folds:
+        raise DualmatchError(
+            f"{num_images} images cannot be cut into {folds} equal folds; choose a number that divides them."
+        )
+    fewest_captions = int(np.bincount(image_of // (num_images // folds)).min())
+    require_k(k1_i2t or 1, fewest_captions, "captions", folds)
+    require_k(k1_t2i or 1, num_images // folds, "images", folds)
+
+
+def require_k(k: int, num_items: int, items: str, folds: int = 1) -> None:
+    """Refuse more candidates than there are `items`, or none.
+
+    Raises:
+        DualmatchError: k is outside 1 … num_items.
+    """
+    if not 1 <= k <= num_items:
+        where = "" if folds == 1 else f" in one of {folds} folds"
+        raise DualmatchError(
+            f"{k} candidates were asked for and there are {num_items} {items}{where}; choose 1 to {num_items}."
+        )
+
+
+def fold_members(image_of: Ranks, num_images: int, folds: int) -> Iterator[tuple[slice, slice | Ranks]]:
+    """The images and the captions of each fold; captions as a slice where they are consecutive."""
+    size = num_images // folds
+    for start in range(0, num_images, size):
+        captions = np.flatnonzero((image_of >= start) & (image_of < start + size))
+        first, stop = int(captions[0]), int(captions[-1]) + 1
+        consecutive = stop - first == len(captions)  # then a view will do
+        yield slice(start, start + size), slice(first, stop) if consecutive else captions
+
+
 def _checked_pair(similarity: Matrix, caption_image: ArrayLike) -> tuple[int, Ranks]:
     num_images, num_captions = shape_of(similarity)
-    return num_images, _caption_image(num_images, num_captions, caption_image, 0)
+    return num_images, checked_caption_image(num_images, num_captions, caption_image)
 
 
-def _fold(similarity: Matrix, image_of: Ranks, start: int, stop: int) -> tuple[Matrix, Ranks]:
-    captions = np.flatnonzero((image_of >= start) & (image_of < stop))
-    first, last = captions[0], captions[-1] + 1
-    consecutive = last - first == len(captions)  # then a view will do
-    part = similarity[start:stop, first:last] if consecutive else similarity[start:stop][:, captions]
-    return part, image_of[captions] - start
+def _fold(similarity: Matrix, image_of: Ranks, images: slice, captions: slice | Ranks) -> tuple[Matrix, Ranks]:
+    return similarity[images][:, captions], image_of[captions] - images.start
 
 
 def _checked(candidates: Ranks, direction: str, *, queries: int, items: int) -> Ranks:
@@ -350,6 +425,16 @@ def _checked(candidates: Ranks, direction: str, *, queries: int, items: int) -> 
     if candidates.min() < 0 or candidates.max() >= items:
         raise DualmatchError(f"{direction}: re-ranked candidates must be indices from 0 to {items - 1}.")
     return candidates
+
+
+def reranked_i2t(plain: Ranks, candidates: Ranks, image_of: Ranks) -> Ranks:
+    """Ranks of images after re-ranking, from their plain ranks and their candidates (images, k1); raises as `evaluate`."""
+    return _reranked(plain, image_of[candidates] == np.arange(len(plain))[:, None], "i2t")
+
+
+def reranked_t2i(plain: Ranks, candidates: Ranks, image_of: Ranks) -> Ranks:
+    """Ranks of captions after re-ranking, from their plain ranks and their candidates (captions, k1); raises as `evaluate`."""
+    return _reranked(plain, candidates == image_of[:, None], "t2i")
 
 
 def _reranked(plain: Ranks, own: NDArray[np.bool_], direction: str) -> Ranks:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
+from .bundle import Bundle
 from .errors import DualmatchError
-from .files import read_json, write_atomically
+from .files import strict_json, write_atomically
 
 TENSORS, FACTS = "parity.safetensors", "parity.json"
 
@@ -29,6 +30,8 @@ class Reference:
         texts: the captions.
         caption_image: for each caption the index of its image.
         samples: raw graph inputs by encoder and input name, and `embedding`, torch's output for them.
+        text_checks: token ids at several batch sizes and lengths, none of them the traced one, with torch's outputs likewise; a bundle
+            from before they were kept has none.
         data: the data set's name as `--data` took it, if it is one that every machine can generate (`scenes`), else None.
         split: which splits these are.
     """
@@ -42,12 +45,27 @@ class Reference:
     samples: dict[str, dict[str, Array]]
     data: str | None
     split: str
+    text_checks: Sequence[dict[str, Array]] = ()
+
+    def checks(self, encoder: str) -> list[dict[str, Array]]:
+        """What an encoder is checked on: the samples in batches of 1, 2, all and 3 more (repeated), and the `text_checks`."""
+        sample = self.samples[encoder]
+        if encoder == "text":
+            # A caption's embedding may depend on its batch (policy `authors`): only batches that torch has seen can be compared.
+            return [sample, *self.text_checks]
+        count = len(sample["embedding"])
+        batches = dict.fromkeys((1, min(2, count), count, count + 3))
+        return [
+            {name: np.resize(value, (batch, *value.shape[1:])) for name, value in sample.items()} for batch in batches
+        ]
 
     def write(self, folder: Path) -> None:
         """Write `parity.safetensors` and `parity.json`."""
         tensors: dict[str, Array] = {"reference.images": self.images, "reference.captions": self.captions}
         for encoder, values in self.samples.items():
             tensors |= {f"sample.{encoder}.{name}": value for name, value in values.items()}
+        for number, values in enumerate(self.text_checks):
+            tensors |= {f"check.text.{number}.{name}": value for name, value in values.items()}
         write_atomically(folder / TENSORS, save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
         facts = {
             "data": self.data,
@@ -62,20 +80,26 @@ class Reference:
         write_atomically(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_reference(folder: Path) -> Reference:
-    """Read the reference of a bundle whose hashes have been checked.
+def read_reference(source: Bundle | Path) -> Reference:
+    """Read the reference of an opened bundle, from the bytes that were hashed; or one that lies in a folder by itself.
 
     Raises:
-        DualmatchError: files that do not fit each other.
+        DualmatchError: files that are missing, damaged, or do not fit each other.
     """
-    facts = read_json(folder / FACTS, "parity reference")
+    folder = source.path if isinstance(source, Bundle) else source
+    read = source.read if isinstance(source, Bundle) else lambda name: (folder / name).read_bytes()
     try:
-        tensors = load_file(folder / TENSORS)
+        facts = strict_json(read(FACTS))
+        tensors = load(read(TENSORS))
         samples: dict[str, dict[str, Array]] = {"image": {}, "text": {}}
+        text_checks: dict[int, dict[str, Array]] = {}
         for name, value in tensors.items():
             if name.startswith("sample."):
                 _, encoder, key = name.split(".", 2)
                 samples[encoder][key] = value
+            if name.startswith("check.text."):
+                *_, number, key = name.split(".")
+                text_checks.setdefault(int(number), {})[key] = value
         reference = Reference(
             images=tensors["reference.images"],
             captions=tensors["reference.captions"],
@@ -86,8 +110,11 @@ def read_reference(folder: Path) -> Reference:
             samples=samples,
             data=facts["data"],
             split=facts["split"],
+            text_checks=[text_checks[number] for number in sorted(text_checks)],
         )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except DualmatchError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DualmatchError(
             f"the parity reference in {folder} is damaged ({error}); export the bundle again."
         ) from None
@@ -98,10 +125,15 @@ def read_reference(folder: Path) -> Reference:
         and len(reference.images) == num_images > 0
         and len(reference.captions) == len(reference.texts) > 0
         and 0 <= owners.min() <= owners.max() < num_images
-        and all("embedding" in sample for sample in samples.values())
+        and all(_is_check(one) for one in (*samples.values(), *text_checks.values()))
     )
     if not fits:
         raise DualmatchError(
             f"the parity reference in {folder} does not fit its own list of items; export the bundle again."
         )
     return reference
+
+
+def _is_check(values: dict[str, Array]) -> bool:
+    """Inputs and an embedding, all of one batch."""
+    return "embedding" in values and len(values) > 1 and len({value.shape[:1] for value in values.values()}) == 1

@@ -5,14 +5,16 @@ ranking are put in ascending order of address. Addresses tie in nearly every row
 Everywhere the order of similarity is descending, ties to the smaller index.
 """
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DualmatchError
-from .recall import Matrix, Ranks, nan_error, rows, shape_of
+from .recall import Matrix, Ranks, RanksAcrossLines, nan_error, require_k, rows, shape_of
 
 _COLUMNS_PER_TILE, _ROWS_PER_TILE = 64, 512
 _GROUPS = 250
@@ -32,12 +34,12 @@ def i2t(similarity: Matrix, k1: int = 15) -> Ranks:
     Raises:
         DualmatchError: no matrix of numbers, NaN in it, or k1 outside 1 … captions.
     """
-    return _rerank(*i2t_addresses(similarity, k1))
+    return reordered(*i2t_addresses(similarity, k1))
 
 
 def t2i(similarity: Matrix, k1: int = 15) -> Ranks:
     """Re-ranked images of every caption, int64 (captions, k1), best first; otherwise as `i2t`."""
-    return _rerank(*t2i_addresses(similarity, k1))
+    return reordered(*t2i_addresses(similarity, k1))
 
 
 def t2i_through_neighbours(similarity: Matrix, caption_similarity: Matrix, k1: int, k2: int) -> Ranks:
@@ -58,20 +60,39 @@ def t2i_through_neighbours(similarity: Matrix, caption_similarity: Matrix, k1: i
             f"the similarity has {num_captions} captions, so the captions' own must be {(num_captions, num_captions)}, "
             f"got {caption_similarity.shape}."
         )
-    neighbours_QN = best_captions(caption_similarity, k2)
+    return t2i_through(similarity, best_captions(caption_similarity, k2), k1)
+
+
+def t2i_through(similarity: Matrix, neighbours_QN: Ranks, k1: int) -> Ranks:
+    """`t2i_through_neighbours` where the nearest captions of every caption are known, int64 (captions, k2)."""
     candidates_QK = best_images(similarity, k1)
+    shape = (len(candidates_QK), neighbours_QN.shape[1], k1)
     addresses_QNK = _positions(
         rows(similarity),
-        np.broadcast_to(candidates_QK[:, None, :], (num_captions, k2, k1)),
-        np.broadcast_to(neighbours_QN[:, :, None], (num_captions, k2, k1)),
+        np.broadcast_to(candidates_QK[:, None, :], shape),
+        np.broadcast_to(neighbours_QN[:, :, None], shape),
     )
-    return _rerank(candidates_QK, addresses_QNK.min(axis=1))
+    return reordered(candidates_QK, addresses_QNK.min(axis=1))
 
 
 def i2t_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
     """Every image's k1 best captions in the order of similarity and their addresses, both int64 (images, k1); raises as `i2t`."""
     candidates_QK = best_captions(similarity, k1)
-    return candidates_QK, _positions(columns(similarity), candidates_QK, _each_query(candidates_QK))
+    images = np.repeat(np.arange(len(similarity)), k1)
+    scores = np.take_along_axis(similarity, candidates_QK, axis=1).astype(np.float32).ravel()
+
+    def counted(start: int, stop: int) -> Ranks:
+        addresses = RanksAcrossLines(len(similarity), images, scores, candidates_QK.ravel())
+        for index, row in rows(similarity, start, stop):
+            addresses.count(index, row)
+        return addresses.ranks()
+
+    # A pair's address counts, down the caption's column, what ranks above the image's own row: no column is copied or sorted.
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bounds = [len(similarity) * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        addresses = sum(pool.map(counted, bounds[:-1], bounds[1:]))
+    return candidates_QK, np.asarray(addresses).reshape(candidates_QK.shape)
 
 
 def t2i_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
@@ -109,10 +130,7 @@ def columns(similarity: Matrix) -> Iterator[tuple[int, Line]]:
 
 
 def _best(lines: Iterator[tuple[int, Line]], num_queries: int, num_items: int, k: int, items: str) -> Ranks:
-    if not 1 <= k <= num_items:
-        raise DualmatchError(
-            f"{k} candidates were asked for and there are {num_items} {items}; choose 1 to {num_items}."
-        )
+    require_k(k, num_items, items)
     best_QK = np.empty((num_queries, k), np.int64)
     for query, line in lines:
         # The k largest maxima of disjoint groups are k items, so the best k all reach the least of these maxima.
@@ -141,20 +159,22 @@ def _positions(lines: Iterator[tuple[int, Line]], line_of: Ranks, item_of: Ranks
     for (_, line), (start, stop) in zip(lines, pairwise(bounds), strict=False):
         if start < stop:
             pairs = by_line[start:stop]
-            positions[pairs] = _positions_in(line, items[pairs])
+            positions[pairs] = positions_in(line, items[pairs])
     return positions.reshape(line_of.shape)
 
 
-def _positions_in(line: Line, items: Ranks) -> Ranks:
+def positions_in(line: Line, items: Ranks) -> Ranks:
+    """The items' 0-based positions in the ranking of one line; of the shape (pairs,)."""
     scores = line[items]
-    reaching = np.sort(line[line >= scores.min()])
+    reaching = line[line >= np.minimum.reduce(scores)]
+    reaching.sort()
     not_above = reaching.searchsorted(scores, side="right")
     positions = len(reaching) - not_above
-    tied = (not_above - reaching.searchsorted(scores) > 1).nonzero()[0]
-    for pair in tied:
+    for pair in (not_above - reaching.searchsorted(scores) > 1).nonzero()[0]:
         positions[pair] += np.count_nonzero(line[: items[pair]] == scores[pair])
     return positions
 
 
-def _rerank(candidates_QK: Ranks, addresses_QK: Ranks) -> Ranks:
+def reordered(candidates_QK: Ranks, addresses_QK: Ranks) -> Ranks:
+    """The candidates in ascending order of address, equal addresses in their given order."""
     return np.take_along_axis(candidates_QK, np.argsort(addresses_QK, axis=1, kind="stable"), axis=1)

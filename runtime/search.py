@@ -1,24 +1,31 @@
-"""Search a gallery by text or by a photograph, and the evaluation of a whole data set."""
+"""Search a gallery by texts, by photographs, or by both averaged into one query."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import rerank
 from .bundle import Bundle, load_bundle
-from .datasets import Dataset
 from .encoders import ImageEncoder, TextEncoder
 from .errors import DualmatchError
+from .galleries.ann import AnnIndex
 from .galleries.gallery import Gallery
-from .recall import FOLDS, Recall, evaluate
 from .regions import RegionFile
 from .sheet import Hit
-from .similarity import SimsInfo, ensemble, similarity_matrix
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What to search for: texts and photographs; several are averaged into one embedding."""
+
+    texts: tuple[str, ...] = ()
+    images: tuple[Path, ...] = ()
+
+    def __str__(self) -> str:
+        return " + ".join([*self.texts, *(path.name for path in self.images)])
 
 
 def bundle_of(gallery: Gallery, given: Path | None) -> Bundle:
@@ -48,114 +55,115 @@ def search(
     threads: int = 0,
     regions: RegionFile | None = None,
 ) -> list[Hit]:
-    """The `k` items of the gallery nearest to a text or a photograph, best first.
+    """The `k` items of the gallery nearest to a text, to a photograph, or to both averaged, best first.
 
     Raises:
-        DualmatchError: not exactly one query, a query that cannot be read, or a gallery of another bundle.
+        DualmatchError: no query, a query that cannot be read, or a gallery of another bundle.
     """
-    if (text is None) == (image is None):
-        raise DualmatchError("a search takes one query: a text or an image.")
+    query = Query(texts=() if text is None else (text,), images=() if image is None else (image,))
+    return search_all(gallery, bundle, [query], k=k, backend=backend, threads=threads, regions=regions)[0]
+
+
+def search_all(
+    gallery: Gallery,
+    bundle: Bundle,
+    queries: Sequence[Query],
+    *,
+    k: int = 10,
+    among: NDArray[np.bool_] | None = None,
+    ann: AnnIndex | None = None,
+    backend: str = "onnxruntime",
+    threads: int = 0,
+    regions: RegionFile | None = None,
+) -> list[list[Hit]]:
+    """For every query its `k` nearest items, best first; all queries pass over the gallery together.
+
+    Args:
+        gallery: of images or of captions.
+        bundle: the one that encoded it.
+        queries: at least one.
+        k: how many hits each.
+        among: bool (count,), the items to search (`galleries.filters.select`).
+        ann: search through this approximate index.
+        backend, threads, regions: of the encoders.
+
+    Raises:
+        DualmatchError: as `search`.
+    """
     gallery.require_bundle(bundle.hash)
-    if text is not None:
-        if not text.strip():
-            raise DualmatchError("the text to search for is empty.")
-        with TextEncoder(bundle, backend=backend, threads=threads) as captions:
-            query = captions.encode([text])
+    embeddings = embed(bundle, queries, backend=backend, threads=threads, regions=regions)
+    if ann is not None:
+        scores, positions = ann.search(embeddings, k, among=among)
     else:
-        assert image is not None
-        with ImageEncoder(bundle, backend=backend, threads=threads, regions=regions) as images:
-            query = images.encode([image])
-    scores, positions = gallery.search(query, k)
-    return [_hit(gallery, float(score), int(position)) for score, position in zip(scores[0], positions[0], strict=True)]
+        scores, positions = gallery.search(embeddings, k, among=among, threads=threads)
+    return [
+        [_hit(gallery, score, position) for score, position in zip(*pair, strict=True)]
+        for pair in zip(scores.tolist(), positions.tolist(), strict=True)
+    ]
+
+
+def embed(
+    bundle: Bundle, queries: Sequence[Query], *, backend: str, threads: int, regions: RegionFile | None
+) -> NDArray[np.float32]:
+    """Queries as embeddings of unit norm, float32 (queries, dimension); a query of several parts is their mean, normalised."""
+    if not queries or any(not query.texts and not query.images for query in queries):
+        raise DualmatchError("a search takes at least one query: a text, an image, or both.")
+    if any(not text.strip() for query in queries for text in query.texts):
+        raise DualmatchError("the text to search for is empty.")
+    texts = list(dict.fromkeys(text for query in queries for text in query.texts))
+    images = list(dict.fromkeys(image for query in queries for image in query.images))
+    vectors: dict[str | Path, NDArray[np.float32]] = {}
+    if texts:
+        with TextEncoder(bundle, backend=backend, threads=threads) as captions:
+            vectors.update(zip(texts, captions.encode(texts), strict=True))
+    if images:
+        with ImageEncoder(bundle, backend=backend, threads=threads, regions=regions) as photographs:
+            vectors.update(zip(images, photographs.encode(images), strict=True))
+    parts: list[list[str | Path]] = [[*query.texts, *query.images] for query in queries]
+    means = np.stack([np.mean([vectors[part] for part in of_query], axis=0) for of_query in parts])
+    norms = np.linalg.norm(means, axis=1, keepdims=True)
+    if not norms.all():
+        raise DualmatchError("the parts of a query cancel each other out: their mean has no direction.")
+    averaged = np.array([len(of_query) > 1 for of_query in parts])
+    # A single embedding stays as the encoder gave it, to the last bit.
+    return np.asarray(np.where(averaged[:, None], means / norms, means), dtype=np.float32)
+
+
+def read_queries(path: Path) -> list[Query]:
+    """Queries from a file: `.txt`, a text a line; `.jsonl`, objects with `text` and/or `image` (a path relative to the file).
+
+    Raises:
+        DualmatchError: another suffix, an unreadable file or line, or no query in it.
+    """
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise DualmatchError(f"queries: {path} is neither .txt (a text a line) nor .jsonl (text and/or image).")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8"
+        raise DualmatchError(f"queries: {path} cannot be read: {reason}.") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DualmatchError(f"queries: {path} holds none.")
+    if path.suffix.lower() == ".txt":
+        return [Query(texts=(line,)) for _, line in numbered]
+    return [_query_of(line, f"{path}, line {number}", path.parent) for number, line in numbered]
+
+
+def _query_of(line: str, place: str, folder: Path) -> Query:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DualmatchError(f"{place}: not JSON ({error}).") from None
+    known = isinstance(entry, dict) and entry and not {*entry} - {"text", "image"}
+    if not known or not all(isinstance(value, str) and value.strip() for value in entry.values()):
+        raise DualmatchError(f"{place}: expected an object with 'text' and/or 'image', found {line[:60]}.")
+    return Query(
+        texts=(entry["text"],) if "text" in entry else (), images=(folder / entry["image"],) if "image" in entry else ()
+    )
 
 
 def _hit(gallery: Gallery, score: float, position: int) -> Hit:
     item = gallery.item(position)
-    photo = gallery.photo_path(position) if gallery.kind == "images" else None
-    return Hit(score=score, id=item.id, image=photo, caption=item.caption)
-
-
-def encode_dataset(
-    bundle: Bundle,
-    dataset: Dataset,
-    *,
-    backend: str,
-    threads: int,
-    batch_size: int,
-    regions: RegionFile | None,
-    progress: Progress | None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(images, captions) embeddings of a data set, every image once, float32."""
-    with ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions) as encoder:
-        images = encoder.encode_items(dataset.items, progress)
-    with TextEncoder(
-        bundle, backend=backend, threads=threads, batch_size=bundle.manifest.caption_batch
-    ) as text_encoder:
-        captions = text_encoder.encode(dataset.captions)
-    return images, captions
-
-
-def evaluate_bundles(
-    bundles: Sequence[Bundle],
-    dataset: Dataset,
-    *,
-    protocol: str = "full",
-    rerank_k1: int | None = None,
-    backend: str = "onnxruntime",
-    threads: int = 0,
-    batch_size: int = 32,
-    regions: RegionFile | None = None,
-    progress: Progress | None = None,
-) -> Recall:
-    """Recall of a bundle, or of the averaged similarities of several, on all images of `dataset` ranked together.
-
-    Args:
-        protocol: a key of `recall.FOLDS`.
-        rerank_k1: re-rank image-to-text with so many candidates (DSRAN section III-G re-ranks that direction only).
-    """
-    if protocol not in FOLDS:
-        raise DualmatchError(f"there is no protocol {protocol!r}; choose one of {', '.join(FOLDS)}.")
-    matrices = []
-    for bundle in bundles:
-        images, captions = encode_dataset(
-            bundle, dataset, backend=backend, threads=threads, batch_size=batch_size, regions=regions, progress=progress
-        )
-        matrices.append(similarity_matrix(images, captions))
-    return evaluate(
-        matrices[0] if len(matrices) == 1 else ensemble(matrices),
-        caption_image=dataset.caption_image,
-        folds=FOLDS[protocol],
-        i2t=partial(rerank.i2t, k1=rerank_k1) if rerank_k1 else None,
-        split=", ".join(dataset.splits),
-        ensemble=len(matrices),
-    )
-
-
-def sims_of_galleries(images: Gallery, captions: Gallery) -> tuple[NDArray[np.float32], SimsInfo]:
-    """Similarity of every image with every caption of two galleries, and what its rows and columns are.
-
-    Raises:
-        DualmatchError: galleries of the wrong kind, or encoded by different bundles.
-    """
-    if images.kind != "images" or captions.kind != "captions":
-        raise DualmatchError(
-            f"similarity takes a gallery of images and one of captions, got {images.kind} and {captions.kind}."
-        )
-    captions.require_bundle(images.bundle_hash)
-    row_of = {item.id: row for row, item in enumerate(images.items)}
-    named = [item.image for item in captions.items]
-    owners = None
-    if all(name is not None for name in named):
-        if unknown := [name for name in named if name not in row_of]:
-            raise DualmatchError(
-                f"{len(unknown)} captions belong to images that the gallery does not hold, the first {unknown[0]!r}; "
-                "encode the same photographs, or captions of these only."
-            )
-        owners = tuple(row_of[str(name)] for name in named)
-    info = SimsInfo(
-        image_ids=tuple(item.id for item in images.items),
-        caption_ids=tuple(item.id for item in captions.items),
-        caption_image=owners,
-        bundle=images.bundle_hash,
-    )
-    return similarity_matrix(images.vectors(), captions.vectors()), info
+    photo = gallery.photo_path(position) if gallery.kind == "images" and gallery.has_photos(position) else None
+    return Hit(score=score, id=item.id, image=photo, caption=item.caption, image_id=item.image)

@@ -55,6 +55,7 @@ class Hit:
         id: the item's id.
         image: its photograph, if it has one.
         caption: its text, if it has one.
+        image_id: for a caption, the id of the image it describes, where that is known.
         right: whether it is marked as a right answer.
     """
 
@@ -62,6 +63,7 @@ class Hit:
     id: str
     image: Path | None = None
     caption: str | None = None
+    image_id: str | None = None
     right: bool = False
 
 
@@ -158,8 +160,8 @@ def _html_image(path: Path, alternative: str) -> str:
 
 
 def _shown(text: str) -> str:
-    # A file name that is not UTF-8 cannot be written into a page as it is.
-    return escape(text.encode(errors="replace").decode())
+    # A file name that is not UTF-8 cannot be written into a page as it is; control characters have no place in HTML at all.
+    return escape("".join(c if c >= " " or c in "\t\n" else "\ufffd" for c in text.encode(errors="replace").decode()))
 
 
 def _png(searches: Sequence[Search], title: str, note: str) -> bytes:

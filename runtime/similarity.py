@@ -4,6 +4,7 @@ SIMS is a `.npy` (images by captions, float32) with a `.json` beside it that say
 """
 
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,20 @@ def similarity_matrix(images: Embeddings, captions: Embeddings, *, out: Similari
     Raises:
         DualmatchError: embeddings that are not two-dimensional, differ in d, or hold NaN or infinity.
     """
+    check_embeddings(images, captions)
+    out = _output(out, (len(images), len(captions)))
+    for left, captions_BD in _blocks(captions, _CAPTIONS_PER_BLOCK):
+        for top, images_BD in _blocks(images, _IMAGES_PER_BLOCK):
+            np.matmul(images_BD, captions_BD.T, out=out[top : top + len(images_BD), left : left + len(captions_BD)])
+    return out
+
+
+def check_embeddings(images: Embeddings, captions: Embeddings) -> tuple[int, int]:
+    """The numbers of images and captions, after a look at every embedding.
+
+    Raises:
+        DualmatchError: embeddings that are not two-dimensional, differ in d, or hold NaN, infinity or numbers whose products overflow.
+    """
     for name, embeddings in (("image", images), ("caption", captions)):
         if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
             raise DualmatchError(
@@ -65,11 +80,16 @@ def similarity_matrix(images: Embeddings, captions: Embeddings, *, out: Similari
         raise DualmatchError(
             f"images are embedded in {images.shape[1]} dimensions and captions in {captions.shape[1]}; encode both with one bundle."
         )
-    out = _output(out, (len(images), len(captions)))
-    for left, captions_BD in _blocks(captions, _CAPTIONS_PER_BLOCK, "caption"):
-        for top, images_BD in _blocks(images, _IMAGES_PER_BLOCK, "image"):
-            np.matmul(images_BD, captions_BD.T, out=out[top : top + len(images_BD), left : left + len(captions_BD)])
-    return out
+    for name, embeddings in (("image", images), ("caption", captions)):
+        for start, block in _blocks(embeddings, _IMAGES_PER_BLOCK):
+            # Where both squared norms are finite in float32, so is the dot product.
+            finite = np.isfinite(np.einsum("nd,nd->n", block, block))
+            if not finite.all():
+                raise DualmatchError(
+                    f"the embedding of {name} {start + int(finite.argmin())} holds NaN or infinity, or numbers too large to multiply; "
+                    "encode it again."
+                )
+    return len(images), len(captions)
 
 
 def order_similarity(images: Embeddings, captions: Embeddings) -> Similarity:
@@ -135,6 +155,7 @@ def sims_being_written(path: Path, info: SimsInfo) -> Iterator[Similarity]:
     _check_info(info)
     matrix_path, json_path = sims_paths(path)
     shape = (len(info.image_ids), len(info.caption_ids))
+    matrix_path.parent.mkdir(parents=True, exist_ok=True)
     document = {"format": _FORMAT, "version": _VERSION, "shape": shape, "dtype": "float32", **asdict(info)}
     prefix, suffix = f".{matrix_path.name}.", ".part"
     with tempfile.TemporaryDirectory(dir=matrix_path.parent, prefix=prefix, suffix=suffix) as folder:
@@ -173,6 +194,13 @@ def load_sims(path: Path) -> tuple[Similarity, SimsInfo]:
     return matrix, info
 
 
+def forget_pages(matrix: NDArray[Any]) -> None:
+    """Let go of the memory that a mapped matrix's pages take up; what was written is kept by the file. Nothing for other arrays."""
+    mapping: Any = matrix.base
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
 def sims_paths(path: Path) -> tuple[Path, Path]:
     """The `.npy` and the `.json` of a SIMS that may be named with or without `.npy`."""
     stem = path.name.removesuffix(".npy")
@@ -187,15 +215,9 @@ def _output(out: Similarity | None, shape: tuple[int, ...]) -> Similarity:
     return out
 
 
-def _blocks(embeddings: Embeddings, size: int, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _blocks(embeddings: Embeddings, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     for start in range(0, len(embeddings), size):
-        block = np.ascontiguousarray(embeddings[start : start + size], dtype=np.float32)
-        finite = np.isfinite(block).all(axis=1)
-        if not finite.all():
-            raise DualmatchError(
-                f"the embedding of {name} {start + int(finite.argmin())} holds NaN or infinity; encode it again."
-            )
-        yield start, block
+        yield start, np.ascontiguousarray(embeddings[start : start + size], dtype=np.float32)
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> "np.memmap[Any, np.dtype[np.float32]]":
@@ -216,6 +238,7 @@ def _refuse_nan(matrix: Similarity, what: str) -> None:
     for top in range(0, len(matrix), _ROWS_PER_BLOCK):
         if np.isnan(matrix[top : top + _ROWS_PER_BLOCK].max()):  # the maximum of a block with NaN is NaN
             raise DualmatchError(f"{what} holds NaN in rows {top} to {min(top + _ROWS_PER_BLOCK, len(matrix)) - 1}.")
+        forget_pages(matrix)
 
 
 def _check_info(info: SimsInfo) -> None:

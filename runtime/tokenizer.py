@@ -32,17 +32,20 @@ class CaptionTokenizer:
     """Captions to ids, int64 (captions, tokens), padded with 0 at the end.
 
     Args:
-        path: a tokenizer.json of the `tokenizers` library whose padding id is 0.
+        source: a tokenizer.json of the `tokenizers` library whose padding id is 0: the file, or its bytes.
 
     Raises:
         DualmatchError: the file cannot be read.
     """
 
-    def __init__(self, path: Path, options: TokenizerOptions) -> None:
+    def __init__(self, source: Path | bytes, options: TokenizerOptions) -> None:
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = (
+                Tokenizer.from_buffer(source) if isinstance(source, bytes) else Tokenizer.from_file(str(source))
+            )
         except Exception as error:  # noqa: BLE001  (the library raises bare Exception)
-            raise DualmatchError(f"the tokenizer {path} cannot be read: {error}") from None
+            name = "tokenizer.json" if isinstance(source, bytes) else source
+            raise DualmatchError(f"the tokenizer {name} cannot be read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A caption that spells "[PAD]" is text, not padding.

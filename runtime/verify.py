@@ -1,51 +1,88 @@
 """Recall parity of a bundle here, on this backend, against torch's embeddings in the bundle; no torch needed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .bundle import MANIFEST, Bundle
+from .bundle import MANIFEST, Bundle, EncoderName
 from .configs import from_mapping
 from .datasets import Dataset, ImageItem
 from .encoders import ImageEncoder, TextEncoder
 from .errors import DualmatchError
-from .parity import Comparison, Decision, Tolerances, compare, decide
+from .parity import Comparison, Decision, Flip, Tolerances, compare, decide
 from .reference import Reference, read_reference
 from .regions import RegionFile
+from .stages import RANGE, RECALL, Contract, GraphCheck, Magnitude, Stage, StageTable, check_session
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedFlip:
+    """A query whose answer entered or left the first 1, 5 or 10, in names.
+
+    Attributes:
+        query: the caption (t2i), or the image's id (i2t).
+        image: id of the image that the query belongs to.
+        rank_before, rank_after: of its best right answer, counted from 1.
+        first_before, first_after: what was ranked first: a caption (i2t) or an image's id (t2i).
+    """
+
+    direction: Literal["i2t", "t2i"]
+    query: str
+    image: str
+    rank_before: int
+    rank_after: int
+    first_before: str
+    first_after: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What `verify` found.
+    """What the gate, or `verify`, found.
 
     Attributes:
         decision: the verdict.
-        comparison: retrieval before and after; None where there were no photographs to compare on.
-        samples: largest absolute difference of the stored samples, by encoder.
+        stages: how each stage ended.
+        tolerances: what was allowed.
+        comparison: retrieval before and after; None where a stage before it failed or there were no photographs to compare on.
+        flips: the queries that flipped, worst first.
+        magnitudes: by encoder the float16 tensors with their largest magnitudes on real inputs at export, largest first.
+        samples: largest absolute difference of a component in the checks of each encoder.
         providers: what each encoder really ran on.
         captions_difference: largest difference of any caption's embedding to torch's.
+        photographs: the compared images by id, to show them.
     """
 
     decision: Decision
-    comparison: Comparison | None
-    samples: dict[str, float]
-    providers: dict[str, str]
-    captions_difference: float
+    stages: tuple[Stage, ...]
+    tolerances: Tolerances
+    comparison: Comparison | None = None
+    flips: tuple[NamedFlip, ...] = ()
+    magnitudes: Mapping[str, Sequence[Magnitude]] = field(default_factory=dict)
+    samples: Mapping[str, float] = field(default_factory=dict)
+    providers: Mapping[str, str] = field(default_factory=dict)
+    captions_difference: float | None = None
+    photographs: Mapping[str, ImageItem] = field(default_factory=dict, repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+    def to_json(self, *, flips: int | None = None) -> dict[str, Any]:
+        """Plain values; `flips` cuts the list of flipped queries."""
+        decision = self.decision
         return {
-            "verdict": self.decision.verdict,
-            "reason": self.decision.reason,
-            "samples": self.samples,
-            "providers": self.providers,
+            "verdict": decision.verdict,
+            "reason": decision.reason,
+            "pairs_needed": decision.pairs_needed,
+            "tolerances": asdict(self.tolerances),
+            "smallest_tolerances": None if decision.smallest is None else asdict(decision.smallest),
+            "stages": [asdict(stage) for stage in self.stages],
+            "samples": dict(self.samples),
+            "providers": dict(self.providers),
             "captions_difference": self.captions_difference,
             "comparison": None if self.comparison is None else self.comparison.to_json(),
+            "flipped": [asdict(flip) for flip in self.flips[:flips]],
+            "largest_magnitudes": {name: [asdict(one) for one in found] for name, found in self.magnitudes.items()},
         }
 
 
@@ -69,57 +106,97 @@ def verify(
     regions: RegionFile | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Encode the gate's captions and, from `dataset`, its photographs, and compare retrieval with torch's.
+    """Take both graphs through the stages, then compare retrieval with torch's.
 
     Args:
         dataset: holds the gate's photographs, found by the SHA-256 of their files wherever they are now; None where there is none.
 
     Raises:
-        DualmatchError: photographs are missing from `dataset`.
+        DualmatchError: photographs are missing from `dataset`, or the backend cannot run the bundle.
     """
-    reference = read_reference(bundle.path)
-    with TextEncoder(bundle, backend=backend, threads=threads, batch_size=bundle.manifest.caption_batch) as encoder:
-        samples = {"text": _sample_difference(encoder, reference, "text")}
-        captions = encoder.encode(reference.texts)
-        providers = {"text": encoder.provider}
-    with ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions) as images:
-        samples["image"] = _sample_difference(images, reference, "image")
-        providers["image"] = images.provider
-        embedded = None if dataset is None else _encode_images(images, reference, dataset, progress)
-    captions_difference = float(np.abs(captions - reference.captions).max())
-    if embedded is None:
-        return Verification(
-            decision=Decision(
-                verdict="too few pairs",
-                reason=f"samples and captions were compared, but recall needs the {len(reference.image_ids)} photographs that the bundle "
-                "was gated on: give them with --data",
-            ),
-            comparison=None,
-            samples=samples,
-            providers=providers,
-            captions_difference=captions_difference,
-        )
+    reference, tolerances = read_reference(bundle), tolerances_of(bundle)
+    magnitudes = _magnitudes_of(bundle)
+    with (
+        TextEncoder(bundle, backend=backend, threads=threads, batch_size=bundle.manifest.caption_batch) as texts,
+        ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions) as images,
+    ):
+        encoders: dict[EncoderName, ImageEncoder | TextEncoder] = {"image": images, "text": texts}
+        checks = {name: _check(encoder, name, reference) for name, encoder in encoders.items()}
+        stages = [*checks["image"].stages, *checks["text"].stages, _range(magnitudes)]
+        table = StageTable([*((stage.name, stage.graph) for stage in stages), (RECALL, "both")])
+        table.record(*stages)
+        providers = {name: encoder.provider for name, encoder in encoders.items()}
+        samples = {
+            name: check.largest_difference for name, check in checks.items() if check.largest_difference is not None
+        }
+        failed = [stage for check in checks.values() if (stage := check.failed)]
+        found: dict[str, Any] = {
+            "tolerances": tolerances,
+            "magnitudes": magnitudes,
+            "samples": samples,
+            "providers": providers,
+        }
+        if failed:
+            reason = "; ".join(f"the {stage.graph} graph {stage.found} (stage {stage.name})" for stage in failed)
+            return Verification(decision=Decision(verdict="fail", reason=reason), stages=table.rows, **found)
+        captions = texts.encode(reference.texts)
+        found["captions_difference"] = float(np.abs(captions - reference.captions).max())
+        if dataset is None:
+            reason = (
+                f"graphs and captions were compared, but recall needs the {len(reference.image_ids)} photographs that the bundle was "
+                "gated on: give them with --data"
+            )
+            table.record(Stage(name=RECALL, graph="both", status="SKIPPED", found="no photographs to compare on"))
+            return Verification(decision=Decision(verdict="too few pairs", reason=reason), stages=table.rows, **found)
+        items = _gated_items(reference, dataset)
+        embedded = images.encode_items(items, progress)
     comparison = compare(
         (reference.images, reference.captions), (embedded, captions), reference.caption_image, split=reference.split
     )
+    decision = decide(comparison, tolerances)
+    status: Literal["OK", "FAIL"] = "OK" if decision.verdict == "pass" else "FAIL"
+    table.record(Stage(name=RECALL, graph="both", status=status, found=decision.reason))
     return Verification(
-        decision=decide(comparison, tolerances_of(bundle)),
+        decision=decision,
+        stages=table.rows,
         comparison=comparison,
-        samples=samples,
-        providers=providers,
-        captions_difference=captions_difference,
+        flips=tuple(_named(flip, reference) for flip in comparison.flips),
+        photographs=dict(zip(reference.image_ids, items, strict=True)),
+        **found,
     )
 
 
-def _sample_difference(encoder: ImageEncoder | TextEncoder, reference: Reference, name: str) -> float:
-    sample = reference.samples[name]
-    got = encoder.run({key: value for key, value in sample.items() if key != "embedding"})
-    return float(np.abs(got - sample["embedding"]).max())
+def _check(encoder: ImageEncoder | TextEncoder, name: EncoderName, reference: Reference) -> GraphCheck:
+    manifest = encoder.bundle.manifest
+    entry = manifest.encoders[name]
+    (output,) = entry.outputs
+    # The embedding dimension is said twice in a manifest; galleries go by the one outside the entry.
+    outputs = (type(output)(name=output.name, dtype=output.dtype, shape=("batch", manifest.embedding_dimension)),)
+    contract = Contract(inputs=entry.inputs, outputs=outputs, tolerance=entry.tolerance)
+    return check_session(encoder.session, contract, reference.checks(name), f"{name} {entry.precision}")
 
 
-def _encode_images(
-    encoder: ImageEncoder, reference: Reference, dataset: Dataset, progress: Progress | None
-) -> NDArray[np.float32]:
+@dataclass(frozen=True, kw_only=True)
+class _Magnitudes:
+    image: tuple[Magnitude, ...] = ()
+    text: tuple[Magnitude, ...] = ()
+
+
+def _magnitudes_of(bundle: Bundle) -> dict[str, Sequence[Magnitude]]:
+    """As the manifest has them: the largest few of each encoder."""
+    where = f"{bundle.path / MANIFEST}: parity.largest_magnitudes"
+    found = from_mapping(_Magnitudes, bundle.manifest.parity.get("largest_magnitudes", {}), where)
+    return {"image": found.image, "text": found.text}
+
+
+def _range(magnitudes: Mapping[str, Sequence[Magnitude]]) -> Stage:
+    """The share of float16's range was measured at export, on the float32 graph, which a bundle does not have."""
+    tops = [f"{name} {100 * found[0].share:.1f} %" for name, found in magnitudes.items() if found]
+    found = f"measured at export: {', '.join(tops)} of float16's range" if tops else "no float16"
+    return Stage(name=RANGE, graph="both", status="SKIPPED", found=found)
+
+
+def _gated_items(reference: Reference, dataset: Dataset) -> list[ImageItem]:
     wanted = set(reference.image_hashes)
     item_of: dict[str, ImageItem] = {}
     for item in dataset.items:
@@ -134,4 +211,20 @@ def _encode_images(
             f"(found by the SHA-256 of their files), the first {missing[0]!r}; give the data that the bundle was exported with"
             + (f", or leave --data out: {reference.data!r} can be generated." if reference.data else ".")
         )
-    return encoder.encode_items([item_of[digest] for digest in reference.image_hashes], progress)
+    return [item_of[digest] for digest in reference.image_hashes]
+
+
+def _named(flip: Flip, reference: Reference) -> NamedFlip:
+    ids, texts = reference.image_ids, reference.texts
+    of_image = flip.direction == "i2t"
+    image = flip.query if of_image else int(reference.caption_image[flip.query])
+    answers = texts if of_image else ids
+    return NamedFlip(
+        direction=flip.direction,
+        query=ids[image] if of_image else texts[flip.query],
+        image=ids[image],
+        rank_before=flip.rank_before + 1,
+        rank_after=flip.rank_after + 1,
+        first_before=answers[flip.first_before],
+        first_after=answers[flip.first_after],
+    )

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dualmatch.runtime.datasets.scan import ScanSplit
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.training.authors_data import bert_tokenizer, collate, position_features
+from dualmatch.runtime.region_readers import CocoRegions, FlickrRegions, position_features
+from dualmatch.training.authors_data import bert_tokenizer, collate
 from dualmatch.training.glove import initialise_from_glove, read_glove
-from dualmatch.training.region_readers import CocoRegions, FlickrRegions, ScanSplit
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dualmatch.runtime import ImageEncoder, TextEncoder, load_bundle
 from dualmatch.runtime.backends import TensorSpec
-from dualmatch.runtime.bundle import EncoderEntry
+from dualmatch.runtime.bundle import EncoderEntry, file_entry
 from dualmatch.runtime.datasets import ImageItem
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.regions import RegionFile
@@ -190,7 +190,10 @@ def region_bundle(bundle, exported, tmp_path):
         measured=0.0,
     )
     manifest = replace(
-        bundle.manifest, preprocessing=None, encoders={"image": entry, "text": bundle.manifest.encoders["text"]}
+        bundle.manifest,
+        preprocessing=None,
+        encoders={"image": entry, "text": bundle.manifest.encoders["text"]},
+        files={**bundle.manifest.files, entry.file: file_entry(tmp_path / "bundle" / entry.file)},
     )
     return replace(bundle, path=tmp_path / "bundle", manifest=manifest)
 

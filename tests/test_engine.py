@@ -15,17 +15,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualmatch.export.engine import EngineRecord, build_engine
+from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import (
     AxisRange,
-    Profile,
-    ShapeRange,
     check_profile,
     parse_axis_range,
     profile_for,
     profile_from_text,
 )
 from dualmatch.runtime.backends import TensorSpec
+from dualmatch.runtime.backends.engine_record import EngineRecord, Profile, ShapeRange, this_platform
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_file
 from dualmatch.runtime.flavours import FLAVOURS, gpu_compute_capability, load_flavour, tensorrt_logger
@@ -147,9 +146,9 @@ def build(graph: Path, out: Path, inputs=IMAGE, **options) -> EngineRecord:
 
 def test_named_profiles_and_ranges_give_these_shapes():
     latency = profile_from_text("latency", TEXT, length=LENGTH)
-    assert latency.shapes == {"ids": ((1, 2), (1, 12), (1, 40)), "lengths": ((1,), (1,), (1,))}
+    assert latency.shapes == {"ids": ShapeRange((1, 2), (1, 12), (1, 40)), "lengths": ShapeRange((1,), (1,), (1,))}
     throughput = profile_from_text("throughput", IMAGE)
-    assert throughput.shapes == {"image": ((1, 3, 32, 32), (32, 3, 32, 32), (64, 3, 32, 32))}
+    assert throughput.shapes == {"image": ShapeRange((1, 3, 32, 32), (32, 3, 32, 32), (64, 3, 32, 32))}
     own = profile_from_text("2:4:8", IMAGE)
     assert (own.name, [shape[0] for shape in own.shapes["image"]]) == ("2:4:8", [2, 4, 8])
     for profile in (latency, throughput, own):
@@ -204,6 +203,10 @@ def test_an_image_engine_is_built_and_its_record_is_right(image_graph, tmp_path)
     assert (record.flavour, record.tensorrt_version) == ("tensorrt-rtx", load_flavour("tensorrt-rtx").__version__)
     assert (record.compute_capabilities, record.strongly_typed) == ((), True)
     assert 0 < record.seconds < 60
+    assert record.platform == this_platform()
+    assert record.workspace_bytes == 1 << 26
+    if Path("/proc/self/clear_refs").exists():
+        assert 2**26 < record.peak_memory_bytes < 2**33
     as_json = json.loads(json.dumps(record.to_json()))
     assert [profile["name"] for profile in as_json["profiles"]] == ["latency", "throughput"]
     assert as_json["profiles"][1]["shapes"]["image"]["max"] == [64, 3, 32, 32]
@@ -367,23 +370,48 @@ def test_a_missing_package_names_the_extra(flavour, image_graph, tmp_path, monke
 
 
 @rtx
-def test_rtx_refuses_a_timing_cache(image_graph, tmp_path):
-    with pytest.raises(DualmatchError, match="times no kernels"):
-        build(image_graph, tmp_path / "e", timing_cache=tmp_path / "cache")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"timing_cache": Path("cache")}, "times no kernels"),
+        ({"version_compatible": True}, "bound to its release"),
+        ({"hardware_compatibility": "ampere-plus"}, "by their compute capabilities"),
+    ],
+)
+def test_rtx_refuses_what_it_has_not(options, says, image_graph, tmp_path):
+    with pytest.raises(DualmatchError, match=says):
+        build(image_graph, tmp_path / "e", **options)
+
+
+@rtx
+def test_the_full_flavours_options_reach_the_builder(image_graph, tmp_path, monkeypatch):
+    """TensorRT-RTX under the other flavour's name takes that flavour's branches, as far as they go without a GPU."""
+    rtx_module, log = load_flavour("tensorrt-rtx"), tensorrt_logger("tensorrt-rtx")
+    monkeypatch.setattr("dualmatch.export.engine.load_flavour", lambda _: rtx_module)
+    monkeypatch.setattr("dualmatch.export.engine.tensorrt_logger", lambda _: log)
+    monkeypatch.setattr("dualmatch.export.engine.gpu_compute_capability", lambda: "8.9")
+    cache = tmp_path / "timings"
+    for _ in range(2):  # the second build reads what the first has written
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            record = build(
+                image_graph,
+                tmp_path / "e",
+                flavour="tensorrt",
+                timing_cache=cache,
+                hardware_compatibility="same-compute-capability",
+            )
+        assert cache.exists()
+    assert (record.compute_capabilities, record.hardware_compatibility) == (("8.9",), "same-compute-capability")
+    with pytest.raises(DualmatchError, match="libnvinfer_lean"):  # RTX has no lean runtime to put into the plan
+        build(image_graph, tmp_path / "v", flavour="tensorrt", version_compatible=True)
+    with pytest.raises(DualmatchError, match="leave compute capabilities out"):
+        build(image_graph, tmp_path / "v", flavour="tensorrt", compute_capabilities=["8.6"])
 
 
 @rtx
 def test_tensorrt_gets_one_logger_per_process():
     assert tensorrt_logger("tensorrt-rtx") is tensorrt_logger("tensorrt-rtx")
-
-
-@rtx
-def test_every_tensorrt_name_that_only_a_gpu_build_reaches_exists():
-    trt = load_flavour("tensorrt-rtx")
-    for name in ("create_timing_cache", "set_timing_cache", "get_timing_cache"):
-        assert hasattr(trt.IBuilderConfig, name)
-    assert "ignore_mismatch: bool" in trt.IBuilderConfig.set_timing_cache.__doc__
-    assert hasattr(trt.ITimingCache, "serialize")
 
 
 def test_building_needs_neither_torch_nor_onnx():
@@ -403,17 +431,3 @@ def gpu_is_here() -> bool:
 def test_no_gpu_is_told_in_a_sentence():
     with pytest.raises(DualmatchError, match=r"no CUDA GPU that can be used here \(|needs cuda-bindings"):
         gpu_compute_capability()
-
-
-@rtx
-@pytest.mark.gpu
-@pytest.mark.skipif(not gpu_is_here(), reason="TensorRT deserialises an engine only where there is a GPU")
-def test_the_engine_deserialises_with_its_profiles(image_graph, tmp_path):
-    profiles = [profile_from_text(name, IMAGE) for name in ("latency", "throughput")]
-    build(image_graph, tmp_path / "image.engine", profiles=profiles)
-    trt = load_flavour("tensorrt-rtx")
-    engine = trt.Runtime(tensorrt_logger("tensorrt-rtx")).deserialize_cuda_engine(
-        (tmp_path / "image.engine").read_bytes()
-    )
-    assert engine.num_optimization_profiles == 2
-    assert [tuple(shape) for shape in engine.get_tensor_profile_shape("image", 1)] == list(profiles[1].shapes["image"])

@@ -13,7 +13,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from dualmatch.export import bundle as export
-from dualmatch.export.bundle import GateRefusedError, export_run
+from dualmatch.export.bundle import export_run
+from dualmatch.export.gate import GateRefusedError
 from dualmatch.runtime import load_bundle
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_file
@@ -222,7 +223,7 @@ def test_fp16_is_exported_and_recorded(run, small_run, exports_of, out):
         assert onnx.TensorProto.FLOAT16 in elements
         assert {spec.dtype for spec in (*entry.inputs, *entry.outputs)} <= {"float32", "int64"}
     assert manifest.parity["tolerances"]["rsum_loss"] == 50.0
-    assert manifest.parity["largest_magnitudes"]["image"][0]["largest"] == result.magnitudes["image"][0].largest > 0
+    assert manifest.parity["largest_magnitudes"]["image"][0]["largest"] == result.verification.magnitudes["image"][0].largest > 0
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
 
 
@@ -242,9 +243,10 @@ def test_the_same_graph_passes_at_fp32(run, small_run, exports_of, out):
 
 def test_too_few_pairs_are_refused_unless_unverified(run, small_run, exports_of, out):
     exports_of()
-    with pytest.raises(GateRefusedError, match=r"about 200 images are needed .*--unverified") as found:
+    with pytest.raises(GateRefusedError, match=r"about 6\d\d images with captions are needed .*--unverified") as found:
         export_run(run, small_run.dataset, out, precision="fp16")
-    assert found.value.verification.decision.pairs_needed == 200
+    # Nothing flipped: the rule of three, 300 / 0.5.
+    assert found.value.verification.decision.pairs_needed == pytest.approx(600, rel=0.05)
     assert nothing_left(out)
     export_run(run, small_run.dataset, out, precision="fp16", unverified=True)
     assert load_bundle(out).manifest.parity["verdict"] == "too few pairs"

@@ -278,8 +278,8 @@ def test_magnitudes_of_a_network_are_its_own(half_of, tmp_path):
 
 
 @rtx
-@pytest.mark.parametrize("name", ["image-both-k2", "image-both-k4", "text-gru-masked", "text-bert-masked"])
-def test_a_half_graph_builds_as_a_strongly_typed_engine(name, half_of, tmp_path):
+@pytest.mark.parametrize("name", EXPORTED)
+def test_every_half_graph_builds_as_a_strongly_typed_engine(name, half_of, tmp_path):
     _, half, path = half_of(name)
     inputs = specs(half.graph.input)
     profile = profile_from_text("1:4:16", inputs, length=AxisRange(1, 12, 40) if name.startswith("text") else None)

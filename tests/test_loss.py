@@ -156,6 +156,14 @@ def test_warm_up_is_infonce_and_then_hinge():
     assert by_epoch == [infonce, infonce, hinge, hinge]
 
 
+def test_warm_up_on_the_sum_over_all_negatives():
+    similarity, ids = scores(4, 7, seed=9), torch.arange(4)
+    options = LossOptions(kind="hinge", warmup_epochs=1, warmup="sum")
+    first, second = (matching_loss(similarity, OWNER, ids, options, epoch=epoch) for epoch in (0, 1))
+    assert first == hinge_loss(similarity, OWNER, hardest=False)
+    assert second == hinge_loss(similarity, OWNER) != first
+
+
 def test_options_reach_the_loss():
     similarity, ids = scores(4, 7, seed=10), torch.arange(4)
     options = LossOptions(kind="hinge", margin=0.5, hardest=False)

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dualmatch.runtime import parity
+from dualmatch.runtime.bootstrap import bound, images_needed
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.parity import TOLERANCES, Tolerances, compare, decide
 
@@ -45,9 +47,10 @@ def rank(scores, target):
 
 
 def test_nothing_changed():
-    before, owner = pairs()
+    before, owner = pairs(images=700)
     found = compare(before, before, owner, split="test")
-    assert (found.rsum_loss, found.bound, found.largest_difference) == (0, 0, 0)
+    assert (found.rsum_loss, found.largest_difference) == (0, 0)
+    assert found.bound == pytest.approx(300 / 700)  # that nothing flipped does not promise that nothing ever will
     assert (found.hits_lost, found.hits_won, found.flips) == (0, 0, ())
     assert (found.same_first, found.overlap_at_10) == (100, 100)
     assert found.worst_cosine == pytest.approx(1)
@@ -59,12 +62,29 @@ def test_nothing_changed():
 
 
 def test_a_small_change_passes_and_says_the_smallest_tolerance():
-    before, owner = pairs(noise=0.3)
+    before, owner = pairs(images=900, noise=0.3)
     found = compare(before, jittered(before, 1e-4), owner)
     decision = decide(found, FP16)
     assert decision.verdict == "pass"
-    smallest = float(decision.reason.rsplit(" ", 1)[1])
-    assert smallest == math.ceil(max(found.bound, 0) * 100) / 100
+    assert decision.reason.endswith(f"the smallest tolerance that would have passed is {decision.smallest.rsum_loss}")
+    assert 0 <= decision.smallest.rsum_loss - found.bound < 0.01
+
+
+@pytest.mark.parametrize("component", [None, 1e-9, 1.0])
+@pytest.mark.parametrize("amount", [0.0, 1e-6, 1e-3, 0.1, 1.0])
+def test_the_smallest_tolerances_always_pass_and_tighter_ones_never_do(amount, component):
+    before, owner = pairs(images=60)
+    found = compare(before, jittered(before, amount), owner)
+    given = Tolerances(rsum_loss=0.3, worst_cosine=0.9, component=component)
+    smallest = decide(found, given).smallest
+    assert (smallest.component is None) == (component is None)
+    assert decide(found, smallest).verdict == "pass"
+    if smallest.worst_cosine < 0.99999:
+        assert decide(found, replace(smallest, worst_cosine=smallest.worst_cosine + 2e-6)).verdict == "fail"
+    if component is None:
+        assert decide(found, replace(smallest, rsum_loss=smallest.rsum_loss - 0.02)).verdict != "pass"
+    elif amount:
+        assert decide(found, replace(smallest, component=smallest.component * 0.97)).verdict == "fail"
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -121,14 +141,15 @@ def test_float32_is_decided_by_components_on_any_number_of_pairs():
     assert decide(found, again).verdict == "pass"
 
 
-@pytest.mark.parametrize(("images", "verdict"), [(199, "too few pairs"), (200, "pass")])
-def test_too_few_images_for_one_flip_to_matter_less_than_the_tolerance(images, verdict):
+@pytest.mark.parametrize(("images", "verdict"), [(590, "too few pairs"), (600, "pass")])
+def test_without_a_single_flip_the_rule_of_three_decides(images, verdict):
+    """None of n was lost: with 95 % confidence fewer than 3 in n are, each worth 100 points of its image."""
     before, owner = pairs(images=images)
     decision = decide(compare(before, before, owner), FP16)
     assert decision.verdict == verdict
     if verdict == "too few pairs":
-        assert decision.pairs_needed == 200
-        assert "about 200 images are needed" in decision.reason
+        assert decision.pairs_needed == pytest.approx(600, rel=0.05)
+        assert f"about {decision.pairs_needed} images with captions are needed" in decision.reason
 
 
 def test_a_loss_that_cannot_be_told_from_the_tolerance_asks_for_more_pairs():
@@ -219,6 +240,9 @@ def test_flips_have_the_ranks_of_before_and_after():
             if any((old < k) != (new < k) for k in (1, 5, 10)):
                 expected.add((direction, query, old, new))
     assert {(f.direction, f.query, f.rank_before, f.rank_after) for f in found.flips} == expected
+    for flip in found.flips:
+        scores = [matrix[flip.query] if flip.direction == "i2t" else matrix[:, flip.query] for matrix in matrices]
+        assert [flip.first_before, flip.first_after] == [int(one.argmax()) for one in scores]
     assert (found.hits_lost, found.hits_won) == (lost, won)
     falls = [flip.rank_after - flip.rank_before for flip in found.flips]
     assert falls == sorted(falls, reverse=True)
@@ -285,10 +309,103 @@ def test_a_comparison_becomes_json():
     before, owner = pairs(images=60, noise=1.0)
     found = compare(before, jittered(before, 0.5), owner)
     assert len(found.flips) > 20
-    values = json.loads(json.dumps(found.to_json()))
-    assert len(values["flips"]) == 20
+    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert values["flips"] == len(found.flips)
     assert values["before"]["rsum"] == found.before.rsum
     assert values["bound"] == found.bound
+
+
+# The statistics, on losses whose truth is known.
+
+
+def lost_points(chance, images, lost, won, *, captions=5):
+    """Points that each image lost: every query loses and wins a hit with these probabilities; the expected loss of Rsum beside them."""
+
+    def net(queries):
+        return chance.binomial(queries, lost, images) - chance.binomial(queries, won, images)
+
+    return 100.0 * net(1) + 100.0 * net(captions) / captions, 200 * (lost - won)
+
+
+@pytest.mark.parametrize("images", [150])
+@pytest.mark.parametrize(("lost", "won"), [(0.002, 0.0), (0.005, 0.004), (0.02, 0.018), (0.1, 0.1)])
+def test_the_bound_covers_the_true_loss_as_often_as_it_says(lost, won, images):
+    """From a hundred images that hardly ever flip to many that do; a plain bootstrap covers the first in seven of ten."""
+    chance = np.random.default_rng(7)
+    covered = 0
+    for _ in range(200):
+        points, truth = lost_points(chance, images, lost, won)
+        covered += bound(points) >= truth
+    assert covered / 200 >= 0.92  # 0.95, less two standard errors of 200 trials
+
+
+def test_the_bound_is_not_so_wide_that_nothing_passes():
+    """Where flips are common it is the normal one: 1.645 standard errors above the measured loss."""
+    chance = np.random.default_rng(3)
+    points, _ = lost_points(chance, 2000, 0.1, 0.1)
+    standard_error = points.std() / math.sqrt(len(points))
+    assert bound(points) - points.mean() == pytest.approx(1.645 * standard_error, rel=0.1)
+
+
+@pytest.mark.parametrize(("lost_hits", "exact"), [(0, 3.0), (1, 4.74), (3, 7.75), (10, 16.96)])
+def test_the_bound_on_rare_losses_is_near_the_exact_one(lost_hits, exact):
+    """Against the upper limit of a Poisson mean of which so many were seen."""
+    points = np.zeros(1000)
+    points[:lost_hits] = 100.0
+    assert bound(points) * 10 == pytest.approx(exact, abs=1.0)
+
+
+def test_losses_are_points_of_rsum_with_unequal_numbers_of_captions():
+    counts = np.random.default_rng(5).integers(1, 6, size=60)
+    before, owner = pairs(images=60, counts=counts)
+    found = compare(before, jittered(before, 0.3), owner)
+    assert found.losses.shape == (60,)
+    assert found.losses.mean() == pytest.approx(found.rsum_loss)
+    assert found.rsum_loss != 0
+
+
+@pytest.mark.parametrize(("lost", "won", "limit"), [(0.0, 0.0, 0.5), (0.004, 0.004, 0.5), (0.02, 0.02, 1.0)])
+def test_as_many_pairs_as_were_asked_for_mostly_decide(lost, won, limit):
+    """Taken over several samples of 150 images: about half of the sets of that size decide, and hardly one of a quarter of it."""
+    chance = np.random.default_rng(11)
+    estimates = []
+    for _ in range(9):
+        points, _ = lost_points(chance, 150, lost, won)
+        assert bound(points) > limit
+        estimates.append(images_needed(points - points.mean(), limit))
+    needed = int(np.median(estimates))
+    assert max(estimates) < 5 * min(estimates)
+
+    def share_settled(images):
+        return np.mean([bound(lost_points(chance, images, lost, won)[0]) <= limit for _ in range(40)])
+
+    assert share_settled(needed) >= 0.3
+    assert share_settled(2 * needed) >= 0.6
+    assert share_settled(needed // 4) <= 0.2
+
+
+def test_no_number_of_pairs_settles_a_loss_at_the_tolerance():
+    points = np.zeros(400)
+    points[:2] = 100.0
+    assert points.mean() == 0.5
+    assert images_needed(points, 0.5) is None
+    assert images_needed(points, 1.0) is not None
+
+
+@pytest.mark.parametrize(
+    "given", [{"rsum_loss": -0.1}, {"rsum_loss": math.nan}, {"worst_cosine": 1.5}, {"component": -1e-5}]
+)
+def test_tolerances_that_mean_nothing(given):
+    with pytest.raises(DualmatchError, match="must lie between"):
+        Tolerances(**{"rsum_loss": 0.5, "worst_cosine": 0.9, **given})
+
+
+def test_a_tolerance_of_nothing_asks_for_more_pairs_than_there_are():
+    before, owner = pairs(images=20)
+    decision = decide(compare(before, before, owner), Tolerances(rsum_loss=0.0, worst_cosine=-1.0))
+    assert decision.verdict == "too few pairs"
+    assert decision.pairs_needed is None
+    assert "no number of pairs would settle it" in decision.reason
 
 
 def test_the_default_tolerances_are_the_ones_that_are_promised():

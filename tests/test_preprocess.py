@@ -250,3 +250,44 @@ def test_an_open_image_is_not_changed():
     Preprocess(image_size=32, resize="crop", mean=MEAN, std=STD)(ImageOps.mirror(image))
     assert image.tobytes() == before
     assert image.mode == "RGBA"
+
+
+def test_a_limit_above_pillows_own_is_kept_while_it_is_open(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above it and refuses above its double
+    data = encoded(photograph(60, 40))
+    with preprocess.pixel_limit(2400):
+        assert open_rgb(data).size == (60, 40)
+        assert Image.MAX_IMAGE_PIXELS is None
+    assert (preprocess.MAX_PIXELS, Image.MAX_IMAGE_PIXELS) == (200_000_000, 1000)
+    with preprocess.pixel_limit(2399), pytest.raises(DualmatchError, match="60 x 40 pixels, above the limit of 2399"):
+        open_rgb(data)
+    with pytest.raises(DualmatchError, match="at least 1"), preprocess.pixel_limit(0):
+        pass
+
+
+def test_postscript_never_reaches_ghostscript():
+    buffer = BytesIO()
+    photograph(60, 40).save(buffer, "EPS")
+    with pytest.raises(DualmatchError, match="not an image that Pillow can read"):
+        open_rgb(buffer.getvalue())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_the_file_of_an_opened_photograph_is_closed(mode, tmp_path):
+    image = Image.fromarray(np.zeros((4, 4), np.uint16)) if mode == "I;16" else photograph(8, 8).convert(mode)
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    image.save(path)
+    rgb = open_rgb(path)
+    path.unlink()
+    assert rgb.mode == "RGB"
+    assert np.asarray(rgb).shape[2] == 3
+    assert getattr(rgb, "fp", None) is None
+
+
+def test_whatever_a_reader_of_pillow_raises_is_one_sentence(monkeypatch):
+    def broken(*_arguments, **_options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(preprocess.Image, "open", broken)
+    with pytest.raises(DualmatchError, match="cannot be decoded: ZeroDivisionError"):
+        open_rgb(b"x")

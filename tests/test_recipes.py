@@ -57,7 +57,7 @@ def test_a_file_is_named_after_itself(tmp_path):
         ("[train]\nepoch = 3\n", ("mine.toml.train has no option 'epoch'", "did you mean 'epochs'?")),
         ("[trian]\nepochs = 3\n", ("mine.toml has no option 'trian'", "did you mean 'train'?")),
         ('[model.text]\nencodr = "gru"\n', ("mine.toml.model.text has no option 'encodr'", "'encoder'?")),
-        ("[zzzzz]\nx = 1\n", ("has no option 'zzzzz'", "it takes name, description, trunk_weights, model,")),
+        ("[zzzzz]\nx = 1\n", ("has no option 'zzzzz'", "it takes name, description, trunk_weights, network, model,")),
         ("model = 3\n", ("mine.toml.model must be a table, got 3",)),
         ('[train]\nepochs = "3"\n', ("mine.toml.train.epochs must be of type int, got '3'",)),
         ("[train]\nepochs = 3.5\n", ("must be of type int, got 3.5",)),
@@ -143,6 +143,9 @@ def test_a_wrong_set_is_refused(override, sentence):
         ("train.warmup=0.95", "warmup"),
         ("train.clip_norm=-1", "clip_norm"),
         ("train.average=1", "average"),
+        ("train.accumulate=0", "accumulate"),
+        ("train.accumulate=33", "accumulate"),
+        ("train.save_steps=-1", "save_steps"),
         ("train.seed=-1", "seed"),
         ("loss.margin=-0.1", "margin"),
         ("loss.temperature=0", "temperature"),
@@ -172,6 +175,33 @@ def test_ranges(override, name):
 )
 def test_options_that_contradict_each_other_are_refused(recipe, overrides, sentence):
     assert sentence in refusal(recipe, overrides)
+
+
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
+    written(tmp_path, f'base = "{SCENES}"\ndescription = "Mine."\n[train]\nepochs = 3\n', "below.toml")
+    mine = load_recipe(written(tmp_path, 'base = "below.toml"\n[model.regions]\nlevels = [1, 2]\n'))
+    shipped = load_recipe(SCENES)
+    assert (mine.name, mine.description, mine.train.epochs) == ("mine", "Mine.", 3)
+    assert mine.model == replace(shipped.model, regions=replace(shipped.model.regions, levels=(1, 2)))
+    assert mine.train == replace(shipped.train, epochs=3)
+    assert mine.data == shipped.data
+
+
+def test_a_base_that_cannot_be_is_refused(tmp_path):
+    assert "there is no recipe 'nowhere'" in refusal(written(tmp_path, 'base = "nowhere"\n'))
+    assert "mine.toml.base must be a recipe's name or file, got 3" in refusal(written(tmp_path, "base = 3\n"))
+    written(tmp_path, 'base = "mine.toml"\n', "other.toml")
+    assert "is its own base" in refusal(written(tmp_path, 'base = "other.toml"\n'))
+
+
+def test_a_vsrn_recipe_takes_vsrns_options():
+    recipe = load_recipe("scenes-vsrn", ["model.num_relation_layers=2"])
+    assert recipe.model == replace(load_recipe("scenes-vsrn").model, num_relation_layers=2)
+    assert "model has no option 'joint_graphs'" in refusal("scenes-vsrn", ["model.joint_graphs=2"])
+    assert "network must be one of 'dsran', 'vsrn', got 'clip'" in refusal(SCENES, ["network=clip"])
+    assert 'measure must be "cosine"' in refusal("scenes-vsrn", ["model.measure=order"])
+    assert recipe.region_dims is None
+    assert load_recipe("flickr8k-vsrn").region_dims == (1280, 0)
 
 
 def test_a_recipe_needs_a_name():

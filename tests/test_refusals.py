@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dualmatch.runtime.datasets import make_scenes
-from dualmatch.runtime.encode import _Photos
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.galleries.sources import photos_in
 from dualmatch.runtime.similarity import SimsInfo, load_sims, save_sims
@@ -51,7 +50,7 @@ def test_a_pipe_among_photographs_is_no_photograph(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (source,) = photos_in(tmp_path)
     with pytest.raises(DualmatchError, match="not a regular file"):
-        _Photos(type("Encoder", (), {"dimension": 2})()).prepare(source)
+        source.read()
 
 
 def test_half_a_surrogate_pair_is_no_caption(tmp_path):

@@ -4,10 +4,11 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from dualmatch.training import loop
+from dualmatch.training import step
 from dualmatch.training.checkpoint import load_run
 from dualmatch.training.state import TrainingState
 
@@ -60,10 +61,10 @@ def test_a_kill_between_the_log_and_the_checkpoint_leaves_no_gap(tmp_path, monke
     train_here(tmp_path / "whole")
     saved = TrainingState.save
 
-    def killed(state, path):
+    def killed(state, path, unfinished=None):
         if state.epoch == 2:
             raise KeyboardInterrupt
-        saved(state, path)
+        saved(state, path, unfinished)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingState, "save", killed)
@@ -125,9 +126,9 @@ def test_an_existing_folder_or_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(tmp_path, monkeypatch, bad):
-    real = loop.matching_loss
+    real = step.matching_loss
     monkeypatch.setattr(
-        loop, "matching_loss", lambda *a, epoch, **k: real(*a, epoch=epoch, **k) * (bad if epoch == 1 else 1)
+        step, "matching_loss", lambda *a, epoch, **k: real(*a, epoch=epoch, **k) * (bad if epoch == 1 else 1)
     )
     message = refusal(tmp_path)
     assert f"the loss became {bad} in epoch 2, step 1" in message
@@ -147,10 +148,22 @@ def test_an_absurd_learning_rate_leaves_no_run(tmp_path):
     assert "Try a smaller learning_rate" in message
 
 
-def test_diverging_in_the_first_epoch_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "matching_loss", lambda scores_IM, *_, **__: scores_IM.sum() * math.nan)
-    assert "no epoch was finished, so nothing was written" in refusal(tmp_path)
-    assert left_behind(tmp_path) == []
+def test_diverging_in_the_first_epoch_leaves_the_batch_alone(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "matching_loss", lambda scores_IM, *_, **__: scores_IM.sum() * math.nan)
+        message = refusal(tmp_path)
+    assert "in epoch 1, step 1; its batch is in" in message
+    assert "no epoch was finished" in message
+    assert left_behind(tmp_path / "run") == ["diverged.npz"]
+    with np.load(tmp_path / "run/diverged.npz") as batch:
+        assert batch["similarity"].shape == (16, 32)
+        assert (batch["epoch"], batch["step"]) == (1, 1)
+        items = {item.id: item for item in scenes().items}
+        for caption, owner in zip(batch["captions"], batch["owner"], strict=True):
+            assert caption in items[batch["image_ids"][owner]].captions
+        assert batch["input.pixels"].shape == (16, 3, 32, 32)
+        assert len(batch["input.token_ids"]) == 32
+    train_here(tmp_path, "train.epochs=1")  # such a folder is free to train into
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
@@ -166,6 +179,6 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
         def backward(ctx, _):
             return torch.full_like(ctx.saved_tensors[0], math.nan)
 
-    monkeypatch.setattr(loop, "matching_loss", lambda scores_IM, *_, **__: Gradient.apply(scores_IM))
+    monkeypatch.setattr(step, "matching_loss", lambda scores_IM, *_, **__: Gradient.apply(scores_IM))
     assert "a weight became infinite or NaN in epoch 1" in refusal(tmp_path, "train.batch_size=32")
     assert left_behind(tmp_path) == []

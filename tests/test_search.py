@@ -11,13 +11,15 @@ from dualmatch.runtime import Gallery, ImageEncoder, TextEncoder, load_bundle
 from dualmatch.runtime.datasets import Dataset, open_dataset
 from dualmatch.runtime.encode import encode_caption_gallery, encode_gallery
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.evaluate import evaluate_bundles, sims_info, write_sims
 from dualmatch.runtime.recall import evaluate
 from dualmatch.runtime.reference import read_reference
 from dualmatch.runtime.rerank import i2t
-from dualmatch.runtime.search import bundle_of, evaluate_bundles, search, sims_of_galleries
+from dualmatch.runtime.search import Query, bundle_of, read_queries, search, search_all
+from dualmatch.runtime.similarity import load_sims
 from dualmatch.runtime.verify import verify
 
-from .demo_fixture import edit_manifest, seal
+from .demo_fixture import dualmatch, edit_manifest, seal
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +78,131 @@ def test_k_may_exceed_the_gallery(bundle, galleries):
     assert len(search(images, bundle, text="a ball", k=1000)) == len(images)
 
 
-@pytest.mark.parametrize("query", [{}, {"text": "a", "image": "b"}, {"text": "  "}])
-def test_not_exactly_one_query(query, bundle, galleries):
+@pytest.mark.parametrize("query", [{}, {"text": "  "}])
+def test_no_query(query, bundle, galleries):
     with pytest.raises(DualmatchError):
         search(galleries[0], bundle, **query)
+
+
+def test_a_text_and_a_photograph_average_to_one_query(bundle, galleries, small_run):
+    images, captions = galleries
+    item, text = small_run.dataset.items[7], small_run.dataset.captions[3]
+    with TextEncoder(bundle) as texts, ImageEncoder(bundle) as encoder:
+        mean = texts.encode([text])[0] + encoder.encode([item.path])[0]
+    for gallery in (images, captions):
+        scores = gallery.vectors() @ (mean / np.linalg.norm(mean))
+        best = np.argsort(-scores, kind="stable")[:5]
+        hits = search(gallery, bundle, text=text, image=item.path, k=5)
+        assert [hit.id for hit in hits] == [gallery.item(int(i)).id for i in best]
+        np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=1e-5)
+
+
+def test_many_queries_at_once_find_what_each_finds_alone(bundle, galleries, small_run):
+    _, captions = galleries
+    queries = [Query(texts=(text,)) for text in small_run.dataset.captions[:7]]
+    queries += [Query(images=(item.path,)) for item in small_run.dataset.items[:3]]
+    together = search_all(captions, bundle, queries, k=4)
+    for query, hits in zip(queries, together, strict=True):
+        alone = search_all(captions, bundle, [query], k=4)[0]
+        assert [hit.id for hit in alone] == [hit.id for hit in hits]
+        assert [hit.image_id for hit in hits] == [hit.id.partition("#")[0] for hit in hits]
+    assert together[5][0].caption == small_run.dataset.captions[5]
+
+
+def test_queries_from_files(tmp_path):
+    (tmp_path / "q.txt").write_text("a dog\n\n a cat \n")
+    assert read_queries(tmp_path / "q.txt") == [Query(texts=("a dog",)), Query(texts=("a cat",))]
+    (tmp_path / "q.jsonl").write_text('{"text": "a dog"}\n{"image": "p/a.jpg"}\n{"text": "x", "image": "b.jpg"}\n')
+    assert read_queries(tmp_path / "q.jsonl") == [
+        Query(texts=("a dog",)),
+        Query(images=(tmp_path / "p" / "a.jpg",)),
+        Query(texts=("x",), images=(tmp_path / "b.jpg",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.csv", b"a", "neither .txt"), ("q.txt", b" \n", "holds none"), ("q.txt", b"\xff", "not UTF-8"),
+        ("q.jsonl", b"[]", "line 1: expected"), ("q.jsonl", b'{"text": "a"}\n{"txt": "a"}', "line 2: expected"),
+        ("q.jsonl", b'{"text": ""}', "line 1: expected"), ("q.jsonl", b'{"text": 5}', "line 1: expected"),
+        ("q.jsonl", b'{"text"', "line 1: not JSON"), ("q.txt", None, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_queries(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DualmatchError, match=message):
+        read_queries(tmp_path / name)
+
+
+# The command
+
+
+def test_the_command_answers_one_query_with_hits_and_several_with_queries(bundle, galleries, small_run, tmp_path):
+    _, captions = galleries
+    path, text, photo = captions.path, small_run.dataset.captions[3], small_run.dataset.items[7].path
+    one = dualmatch("runtime", "search", path, "--text", text, "--json", "--top", "2", "--bundle", bundle.path)
+    assert one.code == 0, one.err
+    assert [sorted(hit) for hit in one.json] == [["caption", "id", "image", "rank", "score"]] * 2
+    two = dualmatch("runtime", "search", path, "--text", text, "--image", photo, "--json", "--top", "2")
+    assert [entry["query"] for entry in two.json] == [
+        {"texts": [text], "images": []},
+        {"texts": [], "images": [str(photo)]},
+    ]
+    assert two.json[0]["hits"] == one.json
+    both = dualmatch("runtime", "search", path, "--text", text, "--image", photo, "--combine", "--json", "--top", "2")
+    assert [entry["query"] for entry in both.json] == [{"texts": [text], "images": [str(photo)]}]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"text": text, "image": str(photo)}))
+    file = dualmatch("runtime", "search", path, "--queries", tmp_path / "q.jsonl", "--json", "--top", "2")
+    assert file.json == both.json
+    filtered = dualmatch("runtime", "search", path, "--text", text, "--filter", f"image={photo.name}", "--json")
+    assert {hit["image"] for hit in filtered.json} == {photo.name}
+    assert len(filtered.json) == 5
+    sheet = dualmatch(
+        "runtime", "search", path, "--text", text, "--image", photo, "--combine", "--sheet", tmp_path / "s.html"
+    )
+    assert sheet.code == 0, sheet.err
+    assert f"{photo.name}" in (tmp_path / "s.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give a query"), (("--text", "a", "--combine"), "at least two"),
+        (("--queries", "q.txt", "--combine"), "at least two"), (("--text", "a", "--metadata", "m.jsonl"), "give a condition"),
+        (("--text", "a", "--top", "0"), "top"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_of_the_command(galleries, words, message):
+    done = dualmatch("runtime", "search", galleries[0].path, *words)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_file_name_moves_no_cursor(bundle, small_run, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    name = "a\x1b[31m\r\nforged  1.0000  line.png"
+    shutil.copy(small_run.dataset.items[0].path, folder / name)
+    encode_gallery(bundle, folder, tmp_path / "g")
+    done = dualmatch("runtime", "search", tmp_path / "g", "--text", "a ball", "--sheet", tmp_path / "s.html")
+    assert done.code == 0, done.err
+    assert "\\x1b[31m\\r\\nforged" in done.out
+    assert not set(done.out + done.err) & {"\x1b", "\r"}
+    assert "\x1b" not in (tmp_path / "s.html").read_text()
+    assert dualmatch("runtime", "search", tmp_path / "g", "--text", "a", "--json").json[0]["id"] == name
+    unknown = dualmatch("gallery", "remove", tmp_path / "g", "b\x1b[2J")
+    assert (unknown.code, "\x1b" in unknown.err) == (1, False)
+    assert dualmatch("gallery", "remove", tmp_path / "g", name).code == 0
+
+
+def test_a_gallery_of_which_all_was_removed_answers_with_nothing(bundle, small_run, tmp_path):
+    (tmp_path / "c.txt").write_text("a ball\n")
+    encode_caption_gallery(bundle, tmp_path / "c.txt", tmp_path / "g")
+    assert dualmatch("gallery", "remove", tmp_path / "g", "1").code == 0
+    found = dualmatch("runtime", "search", tmp_path / "g", "--text", "a ball", "--json", "--sheet", tmp_path / "s.png")
+    assert (found.code, found.json) == (0, [])
 
 
 def test_a_gallery_of_another_bundle_is_refused(other_bundle, galleries):
@@ -98,9 +221,11 @@ def test_the_bundle_of_a_gallery_is_found_where_the_gallery_says_or_where_it_is_
         bundle_of(gallery, None)
 
 
-def test_similarity_of_galleries(bundle, galleries, small_run):
+def test_similarity_of_galleries(bundle, galleries, small_run, tmp_path):
     images, captions = galleries
-    similarity, info = sims_of_galleries(images, captions)
+    info = write_sims(images, captions, tmp_path / "deep" / "sims.npy")
+    similarity, read = load_sims(tmp_path / "deep" / "sims.npy")
+    assert read == info
     np.testing.assert_allclose(similarity, images.vectors() @ captions.vectors().T, atol=1e-6)
     assert info.bundle == bundle.hash
     assert [info.image_ids[owner] for owner in info.caption_image] == [item.image for item in captions.items]
@@ -112,10 +237,10 @@ def test_similarity_of_galleries(bundle, galleries, small_run):
 def test_similarity_wants_one_gallery_of_each_kind_and_one_bundle(galleries, other_bundle, small_run, tmp_path):
     images, captions = galleries
     with pytest.raises(DualmatchError, match="one of captions"):
-        sims_of_galleries(captions, images)
+        sims_info(captions, images)
     encode_caption_gallery(other_bundle, small_run.data / "captions.json", tmp_path / "captions")
     with pytest.raises(DualmatchError, match="was encoded by bundle"):
-        sims_of_galleries(images, Gallery.open(tmp_path / "captions"))
+        sims_info(images, Gallery.open(tmp_path / "captions"))
 
 
 def test_captions_of_images_that_the_gallery_lacks(bundle, galleries, small_run, tmp_path):
@@ -125,13 +250,13 @@ def test_captions_of_images_that_the_gallery_lacks(bundle, galleries, small_run,
         shutil.copy(item.path, folder)
     encode_gallery(bundle, folder, tmp_path / "gallery")
     with pytest.raises(DualmatchError, match=small_run.dataset.items[0].id):
-        sims_of_galleries(Gallery.open(tmp_path / "gallery"), galleries[1])
+        sims_info(Gallery.open(tmp_path / "gallery"), galleries[1])
 
 
 def test_captions_without_images_have_no_owners(bundle, galleries, tmp_path):
     (tmp_path / "captions.txt").write_text("a red ball\na blue box\n")
     encode_caption_gallery(bundle, tmp_path / "captions.txt", tmp_path / "gallery")
-    _, info = sims_of_galleries(galleries[0], Gallery.open(tmp_path / "gallery"))
+    info = sims_info(galleries[0], Gallery.open(tmp_path / "gallery"))
     assert info.caption_image is None
 
 

@@ -1,11 +1,17 @@
 """What to encode: folders, lists and caption files, good and bad."""
 
+import io
 import json
 import re
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
 
 import pytest
 
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.galleries.patterns import files_of
 from dualmatch.runtime.galleries.sources import captions_in, photos_in, photos_root
 
 
@@ -68,10 +74,10 @@ def test_bad_lists(tmp_path, content, message):
 
 
 def test_photos_from_nowhere_or_from_something_else(tmp_path):
-    with pytest.raises(DualmatchError, match="there is no folder or list file"):
+    with pytest.raises(DualmatchError, match="there is no folder, list, archive"):
         photos_in(tmp_path / "nowhere")
     touch(tmp_path, "a.jpg")
-    with pytest.raises(DualmatchError, match="neither a folder nor a list file"):
+    with pytest.raises(DualmatchError, match="neither a folder nor a list "):
         photos_in(tmp_path / "a.jpg")
 
 
@@ -118,14 +124,11 @@ def test_captions_json_counts_within_the_image(tmp_path):
     ("name", "content", "message"),
     [
         ("c.txt", "", "holds no caption"),
-        ("c.txt", "a\n\nb\n", "line 2: the line is empty"),
         ("c.txt", b"a\nb\nc\xe9\n", "line 3: not UTF-8"),
         ("c.csv", "a", r"none of \.txt"),
         ("c.jsonl", '{"caption": "a"}\n{"caption"', "line 2: not JSON"),
         ("c.jsonl", '{"caption": "a"}\n["b"]', "line 2: expected an object with a 'caption'"),
-        ("c.jsonl", '{"captoin": "a"}', "line 1: 'caption' must be text, found null"),
-        ("c.jsonl", '{"caption": "  "}', "line 1: 'caption' must be text, found \"  \""),
-        ("c.jsonl", '{"caption": "\\ud800"}', "line 1: 'caption' holds half a surrogate pair"),
+        ("c.jsonl", '{"captoin": "a"}', "line 1: expected an object with a 'caption'"),
         ("c.jsonl", '{"caption": "a", "id": 1.5}', "line 1: 'id' must be text, found 1.5"),
         ("c.jsonl", '{"caption": "a", "image": 3}', "line 1: 'image' must be text, found 3"),
         ("c.jsonl", '{"caption": "a", "id": 2}\n{"caption": "b"}', "line 2: the id '2' is taken by line 1"),
@@ -136,7 +139,6 @@ def test_captions_json_counts_within_the_image(tmp_path):
         ("c.json", '{"images": []}', "holds no caption"),
         ("c.json", '{"images": [{"filename": "x", "captions": "a"}]}', "entry 0 of 'images': expected"),
         ("c.json", '{"images": [{"captions": ["a"]}]}', "entry 0 of 'images': 'filename' must be text"),
-        ("c.json", '{"images": [{"filename": "x", "captions": ["a", 5]}]}', "entry 0 of 'images': caption 1 must be"),
         (
             "c.json",
             '{"images": [{"filename": "x", "captions": ["a"]}, {"filename": "x", "captions": ["b"]}]}',
@@ -158,3 +160,240 @@ def test_a_caption_of_an_image_that_is_not_there(tmp_path):
         captions_in(path, images=["here.jpg"])
     with pytest.raises(DualmatchError, match="there is no file"):
         captions_in(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problems"),
+    [
+        ("c.txt", "a\n\n  \nb\n\n", [None, "the line is empty", "the line is empty", None]),
+        ("c.jsonl", '{"caption": "a"}\n\n{"caption": " "}', [None, "the line is empty", "the caption is empty"]),
+        ("c.jsonl", '{"caption": null}\n{"caption": 5}', ["the caption is not text but null", "the caption is not text but 5"]),
+        ("c.jsonl", '{"caption": "\\ud800"}', ["the caption holds half a surrogate pair, which is no text"]),
+        ("c.json", '{"images": [{"filename": "x", "captions": ["", "a"]}]}', ["the caption is empty", None]),
+    ],
+)  # fmt: skip
+def test_a_caption_that_cannot_be_used_keeps_its_row(tmp_path, name, content, problems):
+    captions = captions_in(text_file(tmp_path, name, content))
+    assert [caption.problem for caption in captions] == problems
+    assert all((caption.text == "") == (caption.problem is not None) for caption in captions)
+
+
+# Standard input and patterns
+
+
+def test_standard_input_is_a_list_relative_to_the_working_directory(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "sub/b.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"sub/b.jpg\n./a.jpg\n")))
+    photos = photos_in("-")
+    assert [p.id for p in photos] == ["sub/b.jpg", "a.jpg"]
+    assert all(p.path.exists() for p in photos)
+    assert photos_root("-").resolve() == tmp_path
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
+    with pytest.raises(DualmatchError, match="list of standard input is empty"):
+        photos_in("-")
+
+
+def test_patterns(tmp_path):
+    touch(tmp_path, "s-008.tar", "s-009.tar", "s-010.tar", "x.tar", "y.tar", "{odd}.tar")
+
+    def names(pattern):
+        return [path.name for path in files_of(f"{tmp_path}/{pattern}")]
+
+    assert names("s-{008..010}.tar") == ["s-008.tar", "s-009.tar", "s-010.tar"]
+    assert names("{y,x}.tar") == ["y.tar", "x.tar"]
+    assert names("s-*.tar") == ["s-008.tar", "s-009.tar", "s-010.tar"]
+    assert names("{s-00?,x}.tar") == ["s-008.tar", "s-009.tar", "x.tar"]
+    assert names("{odd}.tar") == ["{odd}.tar"]  # what is there is meant as it stands
+    assert names("nothing-*.tar") == names("no.tar") == []
+    with pytest.raises(DualmatchError, match=r"no file .*s-011.tar, which .* asks for \(2 missing\)"):
+        names("s-{010..012}.tar")
+    with pytest.raises(DualmatchError, match="more than"):
+        names("s-{0..99999999}.tar")
+
+
+# Tar archives
+
+
+def write_tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+MEMBERS = [
+    ("a/0.jpg", b"first"),
+    ("a/0.txt", b"caption"),
+    ("./1.PNG", b"second" * 999),
+    ("._2.jpg", b"mac"),
+    ("2.webp", b"3"),
+]
+
+
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_photographs_of_archives_are_read_in_place(tmp_path, layout):
+    long = "deep/" * 60 + "long.jpg"
+    write_tar(
+        tmp_path / "s-0.tar", MEMBERS if layout == tarfile.USTAR_FORMAT else [*MEMBERS, (long, b"4")], format=layout
+    )
+    write_tar(tmp_path / "s-1.tar", [("0.jpg", b"other")], format=layout)
+    photos = photos_in(tmp_path / "s-*.tar")
+    read = {photo.id: photo.read() for photo in reversed(photos)}
+    expected = {
+        "s-0.tar/a/0.jpg": b"first",
+        "s-0.tar/1.PNG": b"second" * 999,
+        "s-0.tar/2.webp": b"3",
+        "s-1.tar/0.jpg": b"other",
+    }
+    assert read == expected | ({} if layout == tarfile.USTAR_FORMAT else {f"s-0.tar/{long}": b"4"})
+    assert photos_root(tmp_path / "s-*.tar") == tmp_path
+    assert [photo.id for photo in photos_in(f"{tmp_path}/s-1.tar")] == ["s-1.tar/0.jpg"]
+
+
+def lost(photo):
+    with pytest.raises(DualmatchError) as caught:
+        photo.read()
+    return str(caught.value)
+
+
+def test_a_cut_archive_gives_what_it_has_and_says_what_is_lost(tmp_path):
+    whole = write_tar(tmp_path / "s.tar", MEMBERS).read_bytes()
+    assert all("lost" not in photo.id for photo in photos_in(tmp_path / "s.tar"))
+    for length in range(0, len(whole), 97):
+        (tmp_path / "s.tar").write_bytes(whole[:length])
+        photos = photos_in(tmp_path / "s.tar")
+        end = photos[-1]
+        if length >= 9 * 512 + 6 * 1024 + 512:  # all the data and one block of the end mark
+            continue
+        assert end.id == "s.tar", length
+        assert "what follows is lost" in lost(end)
+        if len(photos) > 1 and length < photos[-2].offset + photos[-2].size:
+            assert "the archive ends inside it" in lost(photos[-2])
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    data = bytearray(write_tar(tmp_path / "s.tar", MEMBERS).read_bytes())
+    data[4 * 512 + 3] ^= 1  # in the header of the third member
+    (tmp_path / "s.tar").write_bytes(data)
+    photos = photos_in(tmp_path / "s.tar")
+    assert [photo.id for photo in photos] == ["s.tar/a/0.jpg", "s.tar"]
+    assert "damaged header" in lost(photos[1])
+
+
+def test_what_is_no_archive_and_a_link_in_one(tmp_path):
+    (tmp_path / "no.tar").write_bytes(b"\x1f\x8b" + b"compressed" * 99)
+    (photo,) = photos_in(tmp_path / "no.tar")
+    assert "cannot be read" in lost(photo)
+    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+        info = tarfile.TarInfo("l.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    (photo,) = photos_in(tmp_path / "link.tar")
+    assert "not a plain file" in lost(photo)
+    write_tar(tmp_path / "empty.tar", [("a.txt", b"")])
+    with pytest.raises(DualmatchError, match="no photograph"):
+        photos_in(tmp_path / "empty.tar")
+
+
+def test_an_archive_that_vanishes_is_not_its_photographs_fault(tmp_path):
+    photos = photos_in(write_tar(tmp_path / "s.tar", MEMBERS))
+    (tmp_path / "s.tar").unlink()
+    with pytest.raises(DualmatchError, match=r"archive .*s\.tar has vanished.*--resume"):
+        photos[0].read()
+
+
+def test_a_folder_of_archives_says_how_to_give_them(tmp_path):
+    touch(tmp_path, "a.tar")
+    with pytest.raises(DualmatchError, match=r"for the photographs in them give '.*/\*\.tar'"):
+        photos_in(tmp_path)
+    touch(tmp_path, "b.parquet")
+    with pytest.raises(DualmatchError, match="of one kind"):
+        photos_in(tmp_path / "*")
+
+
+# Columns
+
+
+def values(count):
+    return [None if row % 7 == 3 else b"%d" % row * (row + 1) for row in range(count)]
+
+
+@pytest.mark.parametrize("layout", ["parquet", "parquet of datasets", "arrow stream", "arrow file"])
+def test_columns_are_read_in_any_order(tmp_path, layout):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    column = pa.array(values(300), pa.binary())
+    if layout == "parquet of datasets":
+        path = pa.array([f"{row}.jpg" for row in range(300)])
+        column = pa.StructArray.from_arrays([column, path], names=["bytes", "path"])
+    table = pa.table({"label": list(range(300)), "image": column})
+    if layout.startswith("parquet"):
+        path = tmp_path / "t.parquet"
+        pq.write_table(table, path, row_group_size=120)
+    else:
+        path = tmp_path / "t.arrow"
+        opened = pa.ipc.new_stream if layout == "arrow stream" else pa.ipc.new_file
+        with opened(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=120)
+    photos = photos_in(path)
+    assert [photo.id for photo in photos] == [f"{path.name}#{row}" for row in range(300)]
+    order = [*range(300), 5, 4, 299, 130, 119, 120, 121, 0]
+    for row in order:
+        if values(300)[row] is None:
+            assert "holds nothing" in lost(photos[row])
+        else:
+            assert photos[row].read() == values(300)[row]
+
+
+def test_bad_columns(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"], "c": [1]}), tmp_path / "two.parquet")
+    with pytest.raises(
+        DualmatchError, match=r"no column is named, columns that can hold .*: a, b; choose with --column"
+    ):
+        photos_in(tmp_path / "two.parquet")
+    assert photos_in(tmp_path / "two.parquet", column="b")[0].read() == b"y"
+    with pytest.raises(DualmatchError, match="'c' is asked for"):
+        photos_in(tmp_path / "two.parquet", column="c")
+    text_file(tmp_path, "no.parquet", "not one")
+    text_file(tmp_path, "no.arrow", "not one either")
+    for name in ("no.parquet", "no.arrow"):
+        with pytest.raises(DualmatchError, match="cannot be read"):
+            photos_in(tmp_path / name)
+    pq.write_table(pa.table({"a": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    with pytest.raises(DualmatchError, match="have no row"):
+        photos_in(tmp_path / "none.parquet")
+
+
+def test_a_damaged_column_file_is_the_rows_problem(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": values(99)}), path, row_group_size=40)
+    data = bytearray(path.read_bytes())
+    data[100:900] = bytes(800)
+    path.write_bytes(data)
+    photos = photos_in(path)
+    assert "its file is damaged there" in lost(photos[0])
+    assert photos[98].read() == values(99)[98]
+
+
+def test_columns_without_pyarrow_say_what_to_install(tmp_path):
+    touch(tmp_path, "a.parquet")
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from dualmatch.runtime.galleries.sources import photos_in\n"
+        "try: photos_in(sys.argv[1])\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'dualmatch[parquet]'" in done.stdout

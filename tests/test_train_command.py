@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dualmatch.runtime.datasets import Dataset, ImageItem, open_dataset
-from dualmatch.training.checkpoint import load_run
+from dualmatch.training.checkpoint import load_run, load_tensors
 from dualmatch.training.evaluation import evaluate_run
 
 from .tiny_runs import (
@@ -15,6 +15,7 @@ from .tiny_runs import (
     NO_TRUNK,
     REGIONS,
     SIZES,
+    assert_same_tensors,
     first,
     left_behind,
     log_of,
@@ -176,3 +177,93 @@ def test_a_failure_is_one_sentence_and_leaves_nothing(dualmatch, tmp_path, argum
     assert sentence in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# VSRN.
+
+VSRN_SIZES = (
+    "model.embed_dim=16",
+    "model.num_relation_layers=2",
+    "model.text.word_dim=12",
+    "model.captioning.hidden_dim=8",
+    "model.captioning.word_dim=8",
+    "model.captioning.max_length=12",
+    "train.batch_size=16",
+    "train.epochs=3",
+)
+
+
+def train_vsrn(folder, recipe, *overrides, **options):
+    from dualmatch.training.loop import train
+    from dualmatch.training.recipe import load_recipe
+
+    chosen = load_recipe(recipe, [*VSRN_SIZES, *overrides])
+    return train(chosen, scenes(), folder / "run", data_name="scenes", cache=folder / "cache", **options)
+
+
+IN_GRAPH = ("scenes-vsrn", "model.trunk.image_size=32")
+
+
+@pytest.mark.parametrize("weight", ["0.01", "0"])
+def test_vsrn_trains_on_regions_pooled_in_the_graph(tmp_path, weight):
+    best = train_vsrn(tmp_path, *IN_GRAPH, f"model.captioning.weight={weight}")
+    log = log_of(tmp_path / "run")
+    assert log[-1]["loss"] < log[0]["loss"]
+    run = load_run(tmp_path / "run")
+    assert run.model.image_encoder.input_names == ("pixels",)
+    assert not any("captioner" in name for name in run.model.state_dict())
+    assert evaluate_run(tmp_path / "run", scenes().select(["val"])).rsum == pytest.approx(best["val_rsum"])
+    with_captions = "captioner.decoder.output.weight" in load_tensors(tmp_path / "run/last.safetensors")[0]
+    assert with_captions == (weight != "0")
+
+
+def test_vsrn_trains_on_regions_from_files_and_from_cached_maps(tmp_path):
+    file = write_regions(tmp_path / "regions.npz", scenes())
+    assert "--set data.regions=FILE" in vsrn_refusal(tmp_path, "flickr8k-vsrn", *SPLITS)
+    named = ("flickr8k-vsrn", *SPLITS, f"data.regions={file}")
+    assert "use --set model.feature_dim=10" in vsrn_refusal(tmp_path, *named)
+    best = train_vsrn(tmp_path, *named, "model.feature_dim=10")
+    assert load_run(tmp_path / "run").model.image_encoder.input_names == ("regions",)
+    assert evaluate_run(tmp_path / "run", scenes().select(["val"])).rsum == pytest.approx(best["val_rsum"])
+    (tmp_path / "cached").mkdir()
+    frozen = ("model.trunk.name=efficientnet-lite0", "model.trunk.frozen=true", "model.trunk.image_size=64")
+    best = train_vsrn(tmp_path / "cached", *IN_GRAPH, *frozen, "data.views=2")
+    assert load_run(tmp_path / "cached/run").facts["val_rsum"] == pytest.approx(best["val_rsum"], abs=1e-4)
+    assert (tmp_path / "cached/run/frozen.safetensors").is_file()
+
+
+SPLITS = ('data.train_splits=["train"]', "model.text.word_dropout=0", "data.min_word_count=1")
+
+
+def vsrn_refusal(folder, *arguments):
+    from dualmatch.runtime.errors import DualmatchError
+
+    with pytest.raises(DualmatchError) as caught:
+        train_vsrn(folder, *arguments)
+    assert "run" not in left_behind(folder)
+    return str(caught.value)
+
+
+def test_a_resumed_vsrn_is_the_uninterrupted_one(tmp_path):
+    def stop(what, done, of):
+        if what.startswith("epoch 2/") and of:
+            raise KeyboardInterrupt
+
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    train_vsrn(tmp_path / "whole", *IN_GRAPH)
+    with pytest.raises(KeyboardInterrupt):
+        train_vsrn(tmp_path / "parts", *IN_GRAPH, progress=stop)
+    train_vsrn(tmp_path / "parts", *IN_GRAPH, resume=True)
+    for name in ("best", "last"):
+        assert_same_tensors(tmp_path / f"whole/run/{name}.safetensors", tmp_path / f"parts/run/{name}.safetensors")
+
+
+def test_a_vsrn_run_exports_and_passes_its_gate(tmp_path):
+    pytest.importorskip("onnxscript")
+    from dualmatch.export.bundle import export_run
+
+    train_vsrn(tmp_path, *IN_GRAPH, "train.epochs=1")
+    result = export_run(load_run(tmp_path / "run"), scenes(), tmp_path / "bundle", unverified=True)
+    assert result.verification.decision.verdict in ("pass", "too few pairs")
+    assert [spec.name for spec in result.bundle.manifest.encoders["image"].inputs] == ["pixels"]

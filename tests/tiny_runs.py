@@ -26,6 +26,7 @@ SIZES = (
     "train.batch_size=16",
     "train.epochs=3",
 )
+CLOCKED = ("seconds", "pairs_per_second", "data_wait")
 PAIRS = ("train.epoch_over=pairs", "train.captions_per_image=1")
 NO_TRUNK = ("model.trunk.name=none", "model.global_path=false")
 REGIONS = ("model.regions.source=precomputed", "model.regions.feature_dim=10", "model.regions.position_dim=0")
@@ -65,7 +66,7 @@ def train_here(folder: Path, *overrides: str, **options: Any) -> dict[str, Any]:
 def log_of(run: Path) -> list[dict[str, Any]]:
     """The log's lines without what a clock measured."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCKED} for line in lines]
 
 
 def write_regions(path: Path, dataset: Dataset, *, channels: int = 10, regions: int = 3, **arrays: Any) -> Path:

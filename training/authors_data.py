@@ -1,13 +1,11 @@
-"""What the authors' data code does between files and networks: order, padding, word pieces, position features."""
+"""What the authors' data code does between files and networks: order, padding, word pieces."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch.nn.functional import layer_norm
 
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.tokenizer import PAD_ID, TokenizerOptions
@@ -75,36 +73,3 @@ def bert_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
         single="[CLS] $A [SEP]", special_tokens=[(piece, ids[piece]) for piece in ("[CLS]", "[SEP]")]
     )
     return tokenizer
-
-
-def position_features(boxes: NDArray[np.floating], class_probabilities: NDArray[np.floating]) -> NDArray[np.float32]:
-    """What DSRAN-BERT embeds beside a region's feature: six numbers of the box, then the detector's class probabilities.
-
-    The authors take the farthest box edges for the image's size, and normalise the six and the probabilities each by themselves.
-
-    Args:
-        boxes: (regions, 6): x1 y1 x2 y2 in pixels, a class (unused), a score. All boxes of the image: they set the scale.
-        class_probabilities: (regions, classes); 1601 in the authors' files.
-
-    Returns:
-        (regions, 6 + classes) float32.
-
-    Raises:
-        DualmatchError: the shapes do not fit each other.
-    """
-    if boxes.ndim != 2 or boxes.shape[1] != 6 or not len(boxes):
-        raise DualmatchError(f"boxes must be (regions, 6): x1 y1 x2 y2 class score; they are {list(boxes.shape)}.")
-    if class_probabilities.ndim != 2 or len(class_probabilities) != len(boxes):
-        raise DualmatchError(
-            f"class probabilities must be (regions, classes) for {len(boxes)} boxes; they are {list(class_probabilities.shape)}."
-        )
-    corners_R4 = torch.from_numpy(boxes[:, :4].astype(np.float32))
-    score_R1 = torch.from_numpy(boxes[:, 5:].astype(np.float32))
-    size = corners_R4.reshape(-1, 2).amax(dim=0) + 1e-5  # width, height
-    corners_R4 = corners_R4 / size.repeat(2)
-    x1, y1, x2, y2 = corners_R4.unbind(1)
-    area_R1 = ((y2 - y1) * (x2 - x1)).clamp(min=0)[:, None]
-    six_R6 = torch.cat([corners_R4, area_R1, score_R1], dim=1)
-    classes_RC = torch.from_numpy(class_probabilities.astype(np.float32))
-    both = [layer_norm(part, part.shape[1:]) for part in (six_R6, classes_RC)]
-    return torch.cat(both, dim=1).numpy()

@@ -9,7 +9,7 @@ RUN/log.jsonl            a line per epoch
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dualmatch.models import DSRAN, VSRN
 from dualmatch.models.config import PadPolicy, TextConfig
 from dualmatch.models.trunks import build_trunk, preprocess_of
+from dualmatch.models.vsrn_config import VsrnConfig
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import read_json, sha256_of_file, write_atomically
 from dualmatch.runtime.preprocess import Preprocess
@@ -56,7 +57,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Names in the state dict that training never changes: a frozen trunk's and a frozen word encoder's."""
-    assert isinstance(model, DSRAN)
+    assert isinstance(model, DSRAN | VSRN)
     prefixes = []
     if model.config.trunk.frozen:
         prefixes.append("image_encoder.trunk.")
@@ -137,7 +138,7 @@ def read_run_json(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_state(model: DSRAN, state: dict[str, Tensor], source: str) -> None:
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a complete state dict, or say in one sentence that it belongs to another network.
 
     Raises:
@@ -187,10 +188,8 @@ def load_run(folder: Path) -> Run:
     )
 
 
-def build_model(recipe: Recipe, *, pretrained: bool) -> DSRAN:
+def build_model(recipe: Recipe, *, pretrained: bool) -> DSRAN | VSRN:
     """The recipe's network; `pretrained` loads pretrained weights, otherwise a checkpoint is to bring all tensors."""
-    from dataclasses import replace
-
     config = recipe.model
     trunk = None
     if config.trunk.name != "none":
@@ -198,7 +197,7 @@ def build_model(recipe: Recipe, *, pretrained: bool) -> DSRAN:
         trunk = build_trunk(config.trunk, weights=weights, pretrained=pretrained)
     if not pretrained:
         config = replace(config, text=replace(config.text, pretrained="none"))
-    model = DSRAN(config, trunk)
+    model = VSRN(config, trunk) if isinstance(config, VsrnConfig) else DSRAN(config, trunk)
     return model if pretrained else model.float()
 
 

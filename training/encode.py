@@ -16,6 +16,11 @@ from dualmatch.runtime.tokenizer import CaptionTokenizer
 from .features import Progress, no_progress, photograph
 
 
+def device_of(model: DSRAN | VSRN) -> torch.device:
+    """Where a network's weights are."""
+    return next(model.parameters()).device
+
+
 def image_inputs(
     model: DSRAN | VSRN,
     preprocess: Preprocess,
@@ -51,13 +56,12 @@ def encode_images(
 ) -> NDArray[np.float32]:
     """Embeddings of images, (n, D) float32, from pixels; every image once."""
     model.eval()
-    parts = []
+    parts, device = [], device_of(model)
     for start in range(0, len(items), batch_size):
         inputs = image_inputs(model, preprocess, items[start : start + batch_size], regions)
         with torch.inference_mode():
-            parts.append(
-                model.image_encoder(**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
-            )
+            tensors = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+            parts.append(model.image_encoder(**tensors).cpu().numpy())
         progress("encoding images with torch", min(start + batch_size, len(items)), len(items))
     return np.concatenate(parts)
 
@@ -72,10 +76,10 @@ def encode_captions(
 ) -> NDArray[np.float32]:
     """Embeddings of captions, (n, D) float32, in batches of the captions' order, each padded to its longest."""
     model.eval()
-    parts = []
+    parts, device = [], device_of(model)
     for start in range(0, len(captions), batch_size):
-        ids = torch.from_numpy(tokenizer(captions[start : start + batch_size]))
+        ids = torch.from_numpy(tokenizer(captions[start : start + batch_size])).to(device)
         with torch.inference_mode():
-            parts.append(model.text_encoder(ids).numpy())
+            parts.append(model.text_encoder(ids).cpu().numpy())
         progress("encoding captions with torch", min(start + batch_size, len(captions)), len(captions))
     return np.concatenate(parts)

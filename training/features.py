@@ -79,10 +79,10 @@ class MapCache:
             batch = missing[start : start + batch_size]
             pixels = torch.from_numpy(np.stack([self._pixels(item, view, stem) for item, view, stem in batch]))
             with torch.inference_mode():
-                maps = self.trunk(pixels)
+                maps = self.trunk(pixels.to(next(self.trunk.parameters()).device))
             for row, (_, _, stem) in enumerate(batch):
                 for stage in self.stages:
-                    self._save(stem, stage, maps[stage][row])
+                    self._save(stem, stage, maps[stage][row].cpu())
             progress("computing trunk features", min(start + batch_size, len(missing)), len(missing))
         return stems
 
@@ -140,8 +140,9 @@ class WordCache:
         for start in range(0, len(by_length), 64):
             batch = by_length[start : start + 64]
             ids = torch.from_numpy(tokenizer.pad([self.ids[i] for i in batch]))
+            ids = ids.to(next(words.parameters()).device)
             with torch.inference_mode():
-                features = words(ids, ids != 0).numpy()
+                features = words(ids, ids != 0).cpu().numpy()
             for row, i in enumerate(batch):
                 self._features[self._starts[i] : self._starts[i + 1]] = features[row, : len(self.ids[i])]
             progress("computing word features", start + len(batch), len(by_length))

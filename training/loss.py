@@ -66,9 +66,11 @@ def matching_loss(
     if options.mask_same_image:
         rows_I = torch.arange(len(image_ids_I), device=scores_IM.device)
         excluded_IM = (image_ids_I[:, None] == image_ids_I[owner_M][None, :]) & (rows_I[:, None] != owner_M[None, :])
-    if options.kind == "infonce" or epoch < options.warmup_epochs:
+    warming_up = epoch < options.warmup_epochs
+    if options.kind == "infonce" or (warming_up and options.warmup == "infonce"):
         return infonce_loss(scores_IM, owner_M, temperature=options.temperature, excluded_IM=excluded_IM)
-    return hinge_loss(scores_IM, owner_M, margin=options.margin, hardest=options.hardest, excluded_IM=excluded_IM)
+    hardest = options.hardest and not warming_up
+    return hinge_loss(scores_IM, owner_M, margin=options.margin, hardest=hardest, excluded_IM=excluded_IM)
 
 
 def _owner(scores_IM: Tensor, owner_M: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualmatch.models.config import DsranConfig
+from dualmatch.models.vsrn_config import VsrnConfig
 from dualmatch.runtime.configs import check_range, from_mapping
 from dualmatch.runtime.errors import DualmatchError
 
@@ -52,7 +53,8 @@ class LossOptions:
         margin: alpha of the hinge loss.
         hardest: only the hardest negative in the batch counts; otherwise all do.
         temperature: of `infonce`.
-        warmup_epochs: epochs on `infonce` before `hinge` starts.
+        warmup_epochs: epochs on the loss that `warmup` names before `hinge` starts.
+        warmup: `infonce`, or `sum`: the hinge over all negatives (as VSE∞ does in its first epoch; Chen et al., 2021).
         mask_same_image: other captions of the same image in a batch are no negatives (the authors count them).
     """
 
@@ -61,6 +63,7 @@ class LossOptions:
     hardest: bool = True
     temperature: float = 0.05
     warmup_epochs: int = 0
+    warmup: Literal["infonce", "sum"] = "infonce"
     mask_same_image: bool = True
 
     def __post_init__(self) -> None:
@@ -78,7 +81,13 @@ class TrainOptions:
         epoch_over: a pass sees every `pairs` of image and caption, or every one of `images` with captions_per_image of its captions,
             drawn at random; an image is then encoded once for all of them.
         batch_size: pairs or images.
-        graph_learning_rate: factor on the learning rate of graph attention and fusion layers.
+        precision: `fp32`, or what autocast computes the network in: `bf16`, `fp16` (a GPU's, with a scaled loss). Embeddings, loss, weights
+            and validation stay float32.
+        accumulate: into how many parts a batch is divided on its way through the network, for memory; the loss, and with it the negatives,
+            stay the whole batch's (GradCache; Gao et al., 2021). BatchNorm sees a part at a time.
+        save_steps: `last.safetensors` is also written every so many steps; 0: after every epoch only.
+        graph_learning_rate: factor on the learning rate of graph attention, fusion and relation layers.
+        word_learning_rate: factor on the learning rate of the word encoder, for a BERT that is fine-tuned (VSE∞ takes 0.1; Chen et al., 2021).
         optimiser: `adam`, or `adamw` with weight_decay on matrices (not on biases and norms).
         schedule: learning rate `constant`, `step` (times 0.1 every `step_epochs`), or `cosine` down to zero.
         warmup: share of all steps in which the learning rate rises linearly; the cosine begins after it.
@@ -93,12 +102,16 @@ class TrainOptions:
     optimiser: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 2e-4
     graph_learning_rate: float = 1.0
+    word_learning_rate: float = 1.0
     weight_decay: float = 0.0
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     step_epochs: int = 8
     warmup: float = 0.0
     clip_norm: float = 2.0
     average: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = 1
+    save_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,9 +120,12 @@ class TrainOptions:
         check_range("captions_per_image", self.captions_per_image, 1, 1000)
         check_range("learning_rate", self.learning_rate, 1e-12, 1e6)
         check_range("graph_learning_rate", self.graph_learning_rate, 0.0, 1e6)
+        check_range("word_learning_rate", self.word_learning_rate, 0.0, 1e6)
         check_range("weight_decay", self.weight_decay, 0.0, 1e6)
         check_range("step_epochs", self.step_epochs, 1, 100_000)
         check_range("clip_norm", self.clip_norm, 0.0, 1e6)
+        check_range("accumulate", self.accumulate, 1, self.batch_size // 2)
+        check_range("save_steps", self.save_steps, 0, 1_000_000_000)
         check_range("seed", self.seed, 0, 2**31)
         check_range("warmup", self.warmup, 0.0, 0.9)
         check_range("average", self.average, 0.0, 0.99999)
@@ -128,12 +144,14 @@ class Recipe:
     Attributes:
         name, description: shown by `dualmatch train --list`.
         trunk_weights: a file with pretrained weights for a trunk that no package carries (`resnet152`).
+        network: which of the two `model` configures.
     """
 
     name: str
     description: str = ""
     trunk_weights: str = ""
-    model: DsranConfig = field(default_factory=DsranConfig)
+    network: Literal["dsran", "vsrn"] = "dsran"
+    model: DsranConfig | VsrnConfig = field(default_factory=DsranConfig)
     data: DataOptions = field(default_factory=DataOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -146,6 +164,19 @@ class Recipe:
             )
         if self.data.augment and (frozen or self.model.trunk.name == "none"):
             raise DualmatchError("data.augment is for a trunk that is trained; a frozen one takes data.views.")
+        if isinstance(self.model, VsrnConfig) and (self.model.measure != "cosine" or not self.model.normalise_images):
+            raise DualmatchError(
+                'a run serves unit vectors that are compared by their product: measure must be "cosine" and normalise_images true.'
+            )
+
+    @property
+    def region_dims(self) -> tuple[int, int] | None:
+        """(channels, position numbers) of the precomputed regions that the network takes; None where it takes none."""
+        if isinstance(self.model, VsrnConfig):
+            return (self.model.feature_dim, 0) if self.model.trunk.name == "none" else None
+        if not self.model.regional_path or self.model.regions.source != "precomputed":
+            return None
+        return self.model.regions.feature_dim, self.model.regions.position_dim
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -169,28 +200,59 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name or a TOML file by path, with `key=value` overrides (`train.epochs=3`).
 
+    A recipe that begins with `base = "…"` (a shipped recipe's name, or a file beside it) says only what differs from that one.
+
     Raises:
         DualmatchError: no such recipe, TOML that cannot be read, an unknown or mistyped option.
     """
-    where = f"recipe {name_or_path}"
-    source = _shipped() / f"{name_or_path}.toml" if name_or_path in recipe_names() else Path(name_or_path)
-    if not source.is_file():
-        raise DualmatchError(
-            f"there is no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(recipe_names())}."
-        )
-    try:
-        values = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DualmatchError(f"{where} is not valid TOML: {error}.") from None
+    values = _read(name_or_path, Path(), ())
     values.setdefault("name", Path(name_or_path).stem)
     for override in overrides:
         _override(values, override)
-    return recipe_from_json(values, where)
+    return recipe_from_json(values, f"recipe {name_or_path}")
 
 
 def recipe_from_json(values: dict[str, Any], where: str) -> Recipe:
     """A recipe from plain values, strictly."""
+    values = dict(values)
+    model, network = values.pop("model", {}), values.get("network", "dsran")
+    if network in ("dsran", "vsrn"):  # any other is refused below
+        if not isinstance(model, dict):
+            raise DualmatchError(f"{where}.model must be a table, got {model!r}.")
+        values["model"] = from_mapping(VsrnConfig if network == "vsrn" else DsranConfig, model, f"{where}.model")
     return from_mapping(Recipe, values, where)
+
+
+def _read(name_or_path: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe's values over those of its base; `above` are the recipes that led here."""
+    source = _shipped() / f"{name_or_path}.toml" if name_or_path in recipe_names() else folder / name_or_path
+    if not source.is_file():
+        raise DualmatchError(
+            f"there is no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(recipe_names())}."
+        )
+    if str(source) in above:
+        raise DualmatchError(f"recipe {name_or_path} is its own base.")
+    try:
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DualmatchError(f"recipe {name_or_path} is not valid TOML: {error}.") from None
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise DualmatchError(f"recipe {name_or_path}.base must be a recipe's name or file, got {base!r}.")
+    inherited = _read(base, folder / Path(name_or_path).parent, (*above, str(source)))
+    inherited.pop("name", None)
+    return _merged(inherited, values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables merged, option by option; a list is one option."""
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged
 
 
 def _shipped() -> Any:
@@ -198,6 +260,7 @@ def _shipped() -> Any:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    """Set one option from text."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise DualmatchError(f"--set takes key=value, for example train.epochs=3; got {override!r}.")

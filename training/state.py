@@ -1,25 +1,47 @@
 """What training changes: weights, optimiser, schedule, moving average, and which epoch was best."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dualmatch.models import DSRAN
+from dualmatch.runtime.errors import DualmatchError
 
 from .checkpoint import frozen_names, load_state, load_tensors, save_tensors
+from .objective import Objective
 from .recipe import Recipe
+
+
+@dataclass(kw_only=True)
+class Unfinished:
+    """How far an unfinished epoch has come.
+
+    Attributes:
+        losses: of its steps so far.
+        seconds: that they took.
+        rng: the state of every process's generators.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    rng: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 class TrainingState:
     """Weights in training, optimiser, schedule, moving average, and which epoch was best."""
 
-    def __init__(self, recipe: Recipe, model: DSRAN, *, steps_per_epoch: int) -> None:
+    def __init__(self, recipe: Recipe, objective: Objective, *, steps_per_epoch: int) -> None:
         self.options = recipe.train
-        self.model = model
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model, self.captioner = objective.model, objective.captioner
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.captioner is not None:
+            self.parameters |= {f"captioner.{name}": p for name, p in self.captioner.named_parameters()}
         self.optimiser = _optimiser(recipe, self.parameters)
+        device = next(self.model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
         self.steps_per_epoch = steps_per_epoch
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.train.average else {}
         self.steps = 0
@@ -41,18 +63,18 @@ class TrainingState:
             return options.learning_rate * 0.1 ** float(self.steps // self.steps_per_epoch // options.step_epochs)
         return options.learning_rate
 
-    def step(self, loss: Tensor) -> None:
-        """One update."""
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.options.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip_norm)
+    def step(self) -> float:
+        """One update with the gradients that were added since the last; their norm before clipping."""
+        self.scaler.unscale_(self.optimiser)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip_norm or math.inf)
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate * group["factor"]
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         self.steps += 1
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), 1 - self.options.average)
+        return norm.item()
 
     def averaged(self) -> "_Swapped":
         """Within it, the model holds the averaged weights (its own, where there is no average)."""
@@ -70,33 +92,61 @@ class TrainingState:
         frozen = frozen_names(self.model)
         return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
 
-    def save(self, path: Path) -> None:
-        """Everything that the next epoch depends on."""
+    def save(self, path: Path, unfinished: Unfinished | None = None) -> None:
+        """Everything that the next epoch, or the rest of this one, depends on."""
         tensors = {f"model.{name}": value for name, value in self.trained_tensors().items()}
+        if self.captioner is not None:
+            tensors |= {f"captioner.{name}": value for name, value in self.captioner.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         name_of: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         for parameter, entry in self.optimiser.state.items():
             tensors |= {f"optimiser.{name_of[parameter]}.{key}": torch.as_tensor(value) for key, value in entry.items()}
-        facts = {"epoch": self.epoch, "steps": self.steps, "best_epoch": self.best_epoch, "best_rsum": self.best_rsum}
+        facts: dict[str, Any] = {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "best_epoch": self.best_epoch,
+            "best_rsum": self.best_rsum,
+        }
+        if self.scaler.is_enabled():
+            facts["scaler"] = self.scaler.state_dict()
+        if unfinished is not None:
+            facts["unfinished"] = {"losses": unfinished.losses, "seconds": unfinished.seconds}
+            for rank, state in enumerate(unfinished.rng):
+                tensors |= {f"rng.{rank}.{name}": value for name, value in state.items()}
         save_tensors(path, tensors, facts)
 
-    def load(self, path: Path) -> None:
-        """Continue from `save`.
+    def load(self, path: Path, *, processes: int = 1) -> Unfinished | None:
+        """Continue from `save`; how far the epoch had come, where one was begun.
 
         Raises:
-            DualmatchError: the file is missing, damaged, or another network's.
+            DualmatchError: the file is missing, damaged, or another network's; or the epoch was begun by another number of processes.
         """
         tensors, facts = load_tensors(path)
         own = self.model.state_dict()
         frozen = {name: own[name] for name in frozen_names(self.model)}
         load_state(self.model, frozen | _under(tensors, "model."), str(path))
+        if self.captioner is not None:
+            load_state(self.captioner, _under(tensors, "captioner."), str(path))
         for name, value in _under(tensors, "average.").items():
             self.average[name].copy_(value)
         for name, value in _under(tensors, "optimiser.").items():
             parameter, _, key = name.rpartition(".")
-            self.optimiser.state[self.parameters[parameter]][key] = value
+            weights = self.parameters[parameter]
+            # Adam counts its steps on the CPU wherever the weights are.
+            self.optimiser.state[weights][key] = value if key == "step" else value.to(weights.device)
         self.epoch, self.steps = facts["epoch"], facts["steps"]
         self.best_epoch, self.best_rsum = facts["best_epoch"], facts["best_rsum"]
+        if "scaler" in facts:
+            self.scaler.load_state_dict(facts["scaler"])
+        if "unfinished" not in facts:
+            return None
+        rng = _under(tensors, "rng.")
+        ranks = 1 + max(int(name.partition(".")[0]) for name in rng)
+        if ranks != processes:
+            raise DualmatchError(
+                f"{path} was saved in the middle of an epoch that {ranks} processes had begun; {processes} cannot continue it exactly."
+            )
+        return Unfinished(rng=[_under(rng, f"{rank}.") for rank in range(ranks)], **facts["unfinished"])
 
 
 def _optimiser(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -104,7 +154,11 @@ def _optimiser(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> torch.opt
     options = recipe.train
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        factor = options.graph_learning_rate if "graph" in name or ".fusions." in name else 1.0
+        factor = 1.0
+        if name.startswith("text_encoder.words."):
+            factor = options.word_learning_rate
+        elif any(part in name for part in ("graph", ".fusions.", ".relations.")):
+            factor = options.graph_learning_rate
         decay = options.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     described = [

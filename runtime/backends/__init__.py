@@ -1,27 +1,62 @@
 """Backends: what runs a graph. Each file imports its engine's package when a session is opened, never before.
 
-`open_session` is the only door: it knows the names that `--backend` takes.
+`open_encoder` (of a bundle) and `open_session` (of a graph) are the only doors: they know the names that `--backend` takes.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualmatch.runtime.errors import DualmatchError
 
 from .base import Session, TensorSpec
 
-__all__ = ["BACKENDS", "Session", "TensorSpec", "open_session"]
+if TYPE_CHECKING:
+    from dualmatch.runtime.bundle import Bundle, EncoderName
 
-BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+__all__ = ["BACKENDS", "Session", "TensorSpec", "open_encoder", "open_session"]
+
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+"""Run engines that were compiled into a bundle; the others load its graphs."""
+
+BACKENDS = (
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-tensorrt-rtx",
+    "openvino",
+    *ENGINE_BACKENDS,
+)
 
 
-def open_session(path: Path, *, backend: str = "onnxruntime", threads: int = 0) -> Session:
-    """Load the graph at `path` with the named backend.
+def open_encoder(bundle: "Bundle", encoder: "EncoderName", *, backend: str, threads: int = 0) -> Session:
+    """Load one encoder of a bundle with the named backend: its graph, or its engine where the backend runs engines.
+
+    Raises:
+        DualmatchError: as `open_session`, and an engine that is missing or not for this machine.
+    """
+    if backend not in ENGINE_BACKENDS:
+        return open_session(bundle.graph(encoder), backend=backend, threads=threads)
+    if threads:
+        raise DualmatchError(f"backend {backend!r} computes on the GPU and takes no number of threads.")
+    from .tensorrt import TensorrtSession
+
+    return TensorrtSession(bundle, encoder, flavour=backend)
+
+
+def open_session(graph: Path | bytes, *, backend: str = "onnxruntime", threads: int = 0) -> Session:
+    """Load a graph, given by its file or its bytes, with the named backend.
 
     Raises:
         DualmatchError: an unknown backend, a package that is not installed, or a graph that does not load.
     """
-    if backend in ("onnxruntime", "onnxruntime-cuda"):
+    if backend.startswith("onnxruntime") and backend in BACKENDS:
         from .onnxruntime import OnnxruntimeSession
 
-        return OnnxruntimeSession(path, backend=backend, threads=threads)
+        return OnnxruntimeSession(graph, backend=backend, threads=threads)
+    if backend == "openvino":
+        from .openvino import OpenvinoSession
+
+        return OpenvinoSession(graph, threads=threads)
+    if backend in ENGINE_BACKENDS:
+        raise DualmatchError(f"backend {backend!r} runs engines that were compiled into a bundle, not an ONNX graph.")
     raise DualmatchError(f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")

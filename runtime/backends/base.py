@@ -23,6 +23,10 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+class NotFiniteError(DualmatchError):
+    """A graph gave NaN or infinity."""
+
+
 class Session(ABC):
     """One graph, loaded. The base class owns the checks; a backend writes only `_run` and `_release`.
 
@@ -47,7 +51,7 @@ class Session(ABC):
         results = self._run(feeds)
         for name, value in results.items():
             if not np.isfinite(value).all():
-                raise DualmatchError(f"{self.backend} ({self.provider}): output {name!r} holds NaN or infinity.")
+                raise NotFiniteError(f"{self.backend} ({self.provider}): output {name!r} holds NaN or infinity.")
         return results
 
     def _check_feeds(self, feeds: Mapping[str, Array]) -> None:

@@ -1,13 +1,34 @@
-"""onnxruntime, on the CPU or on CUDA."""
+"""onnxruntime: on the CPU, on CUDA, and through its TensorRT and TensorRT-RTX execution providers."""
 
+import contextlib
+import sys
+import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dualmatch.runtime.errors import DualmatchError
 
 from .base import Array, Session, TensorSpec
+from .cuda import Stickiness
 
-PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+ARITHMETIC = frozenset((
+    *("Attention", "BatchNormalization", "Conv", "ConvInteger", "Einsum", "FusedConv", "FusedMatMul", "GRU", "Gemm"),
+    *("LSTM", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulNBits", "MultiHeadAttention", "QLinearConv"),
+    *("QLinearMatMul", "RNN", "Softmax"),
+))  # fmt: skip
+"""Operators that carry an encoder's work. One of these on another provider is a fallback; shapes and indices on the CPU are not."""
+
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # on by default, and then float32 products keep 10 bits
 
 _DTYPE_FROM_ONNX = {
     "tensor(float)": "float32",
@@ -20,18 +41,19 @@ _DTYPE_FROM_ONNX = {
 
 
 class OnnxruntimeSession(Session):
-    """An ONNX graph in an onnxruntime session.
+    """An ONNX graph in an onnxruntime session; on a GPU with IO binding, so that inputs and outputs are copied once.
 
     Args:
-        path: the `.onnx` file.
-        backend: `onnxruntime` (CPU) or `onnxruntime-cuda`.
+        graph: the `.onnx` file, or its bytes.
+        backend: a key of `PROVIDERS`.
         threads: intra-operator threads; 0 leaves the choice to onnxruntime.
 
     Raises:
-        DualmatchError: onnxruntime is not installed, the provider is not available or fell back to another one, or the graph does not load.
+        DualmatchError: onnxruntime is not installed, the provider is not available or fell back to another one for any of
+            `ARITHMETIC`, or the graph does not load.
     """
 
-    def __init__(self, path: Path, *, backend: str = "onnxruntime", threads: int = 0) -> None:
+    def __init__(self, graph: Path | bytes, *, backend: str = "onnxruntime", threads: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -47,16 +69,29 @@ class OnnxruntimeSession(Session):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        on_gpu = wanted != "CPUExecutionProvider"
+        if on_gpu:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            # CUDA and cuDNN where pip has put them. It prints, and standard output belongs to the caller.
+            with contextlib.redirect_stdout(sys.stderr):
+                onnxruntime.preload_dlls()
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+            self._session = onnxruntime.InferenceSession(
+                graph if isinstance(graph, bytes) else str(graph),
+                options,
+                providers=[(wanted, _OPTIONS.get(wanted, {}))],
+            )
         except Exception as error:  # noqa: BLE001  (onnxruntime raises exception types that it does not document)
-            raise DualmatchError(f"onnxruntime cannot load {path}: {error}") from None
+            name = "the graph" if isinstance(graph, bytes) else graph
+            raise DualmatchError(f"onnxruntime cannot load {name}: {error}") from None
         # onnxruntime falls back to the CPU with a log line only; a latency measured on the wrong device is worse than an error.
         self.provider = self._session.get_providers()[0]
         if self.provider != wanted:
             raise DualmatchError(
                 f"backend {backend!r} asked for {wanted}, but onnxruntime runs the graph on {self.provider}."
             )
+        if on_gpu:
+            self.provider = placement(self._session, wanted)
         self.backend = backend
         self.inputs = tuple(
             TensorSpec(name=i.name, dtype=_DTYPE_FROM_ONNX[i.type], shape=tuple(i.shape))
@@ -66,10 +101,100 @@ class OnnxruntimeSession(Session):
             TensorSpec(name=o.name, dtype=_DTYPE_FROM_ONNX[o.type], shape=tuple(o.shape))
             for o in self._session.get_outputs()
         )
+        self._device = "cuda" if on_gpu else None
+        self._own = threading.local()
+        self._stickiness = Stickiness()
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        self._stickiness.check()
         names = [spec.name for spec in self.outputs]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        try:
+            if self._device is not None:
+                return dict(zip(names, self._bound(self._device).run(feeds), strict=True))
+            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except Exception as error:  # noqa: BLE001  (see above)
+            reason = f"onnxruntime cannot run the graph on {self.provider}: {error}"
+            # Its CUDA errors come as text. All but too little memory leave the process without a working CUDA context.
+            if "CUDA failure" in reason and "out of memory" not in reason:
+                self._stickiness.lost(reason)
+                self._stickiness.check()
+            raise DualmatchError(reason) from None
+
+    def _bound(self, device: str) -> "BoundRun":
+        """This thread's binding: a binding serves one thread at a time."""
+        bound: BoundRun | None = getattr(self._own, "bound", None)
+        if bound is None:
+            bound = BoundRun(self._session, device)
+            self._own.bound = bound
+        return bound
 
     def _release(self) -> None:
+        self._own = threading.local()
         del self._session
+
+
+class BoundRun:
+    """IO binding: inputs are copied into buffers on the device that are kept while their shapes stay the same.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+        device: onnxruntime's name of the device: `cuda` or `cpu`.
+    """
+
+    def __init__(self, session: Any, device: str) -> None:
+        self._session, self._device = session, device
+        self._binding: Any = None
+        self._values: dict[str, Any] = {}
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs in the graph's order, on the host."""
+        if {name: tuple(value.shape()) for name, value in self._values.items()} != {
+            name: feed.shape for name, feed in feeds.items()
+        }:
+            self._bind(feeds)
+        for name, feed in feeds.items():
+            self._values[name].update_inplace(np.ascontiguousarray(feed))
+        self._session.run_with_iobinding(self._binding)
+        return [np.array(value.numpy()) for value in self._binding.get_outputs()]
+
+    def _bind(self, feeds: Mapping[str, Array]) -> None:
+        import onnxruntime
+
+        self._binding = self._session.io_binding()
+        self._values = {
+            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(feed.shape), feed.dtype, self._device, 0)
+            for name, feed in feeds.items()
+        }
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name, self._device)
+
+
+def placement(session: Any, wanted: str) -> str:
+    """Which provider the graph's nodes were really given to, for people.
+
+    Raises:
+        DualmatchError: one of `ARITHMETIC` is on another provider than `wanted`, or onnxruntime does not tell.
+    """
+    import onnxruntime
+
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise DualmatchError(
+            f"onnxruntime {onnxruntime.__version__} does not tell which provider runs which node, so a fallback to the CPU "
+            "would go unnoticed: install a later release."
+        )
+    nodes = Counter(
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    )
+    strays = sorted(
+        {f"{operator} on {provider}" for provider, operator in nodes if provider != wanted and operator in ARITHMETIC}
+    )
+    if strays:
+        raise DualmatchError(
+            f"onnxruntime was asked for {wanted}, but runs part of the graph elsewhere: {', '.join(strays)}."
+        )
+    elsewhere = sum(number for (provider, _), number in nodes.items() if provider != wanted)
+    return wanted if not elsewhere else f"{wanted} ({elsewhere} of {nodes.total()} nodes, of shapes only, elsewhere)"

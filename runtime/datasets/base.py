@@ -1,10 +1,11 @@
 """One reader interface for every data layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from dualmatch.runtime.errors import DualmatchError
@@ -22,6 +23,7 @@ class ImageItem:
         path: the file, or None where the image is drawn by `encoded`.
         encoded: the image file's bytes where there is no file.
         tags: facts about the item that a report may slice by (for `scenes`: the hard-pair kind and partner).
+        region_row: where a data set has region features and no photographs, their `.npy` file and row.
     """
 
     id: str
@@ -30,12 +32,21 @@ class ImageItem:
     path: Path | None = None
     encoded: bytes | None = None
     tags: tuple[tuple[str, str], ...] = ()
+    region_row: tuple[Path, int] | None = None
 
     def read_bytes(self) -> bytes:
-        """The encoded image file."""
+        """The encoded image file.
+
+        Raises:
+            DualmatchError: the data set has no photographs, only region features.
+        """
         if self.path is not None:
             return self.path.read_bytes()
-        assert self.encoded is not None
+        if self.encoded is None:
+            raise DualmatchError(
+                f"image {self.id!r} is a row of region features, not a photograph: this data set serves networks without a trunk, "
+                "which take precomputed regions only."
+            )
         return self.encoded
 
     def open(self) -> Image.Image:
@@ -43,7 +54,10 @@ class ImageItem:
         return Image.open(BytesIO(self.read_bytes()))
 
     def content_hash(self) -> str:
-        """SHA-256 of the encoded file: the identity that `verify` matches photographs by."""
+        """SHA-256 of the encoded file, or of the region features: the identity that `verify` matches images by."""
+        if self.region_row is not None:
+            file, row = self.region_row
+            return sha256_of_bytes(np.load(file, mmap_mode="r", allow_pickle=False)[row].tobytes())
         return sha256_of_bytes(self.read_bytes())
 
 
@@ -56,12 +70,16 @@ class Dataset:
         layout: which reader made it (`captions`, `scenes`, …).
         items: the images, in the order in which galleries and similarity matrices hold them.
         root: the folder, or None for generated data.
+        regions: the region features that come with the data set, as `regions.RegionFile` opens them.
+        notes: what a reader of a report should know about how it was read.
     """
 
     name: str
     layout: str
     items: tuple[ImageItem, ...]
     root: Path | None = None
+    regions: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -91,4 +109,4 @@ class Dataset:
                 raise DualmatchError(f"data set {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}.")
         wanted = set(splits)
         chosen = tuple(item for item in self.items if item.split in wanted)
-        return Dataset(name=self.name, layout=self.layout, items=chosen, root=self.root)
+        return replace(self, items=chosen)

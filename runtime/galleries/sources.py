@@ -1,76 +1,94 @@
-"""What a gallery is made of: photographs in a folder or a list, captions in a file; each with an id that stays the same between runs."""
+"""What a gallery is made of: photographs in folders, lists, archives or columns, and captions in a file; each with an id that stays the same between runs."""
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dualmatch.runtime.errors import DualmatchError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from .archives import photos_of_tars
+from .columns import photos_of_columns
+from .patterns import files_of
+from .photos import PHOTO_SUFFIXES, FilePhotos, Photo, is_photo_name
+
+TAR_SUFFIXES, COLUMN_SUFFIXES = (".tar",), (".parquet", ".arrow")
+STDIN = "-"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhotoSource:
-    """One photograph, not yet read.
-
-    Attributes:
-        id: its path relative to the folder (or to the list file's folder), with forward slashes.
-        path: the file.
-    """
-
-    id: str
-    path: Path
-
-    def fields(self) -> dict[str, str]:
-        """What a gallery records beside row and id: nothing, the id says where the file is."""
-        return {}
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionSource:
     """One caption.
 
     Attributes:
         id: the file's own id; else `<image>#<k>`, the k-th caption of that image counted from 0; else its line number.
-        text: the caption as written.
+        text: the caption as written; empty where there is none.
         image: the id of the image it describes, where the file says so.
+        problem: why it cannot be encoded, if it cannot: found when it is its turn, so that rows stay in step.
     """
 
     id: str
     text: str
     image: str | None = None
+    problem: str | None = None
 
     def fields(self) -> dict[str, str]:
         """What a gallery records beside row and id."""
         return {"caption": self.text} | ({} if self.image is None else {"image": self.image})
 
 
-def photos_in(path: Path) -> list[PhotoSource]:
-    """The photographs of a folder, or of a list file.
+def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Photo]:
+    """The photographs of a folder, a list of files, tar archives, or a column of parquet or arrow files.
 
-    A folder is read recursively, in the order of the relative paths; hidden files and folders are left out (macOS puts a
-    hidden `._name.jpg` beside every photograph on foreign disks), linked folders are not entered. A list file (`.txt`)
-    names one file a line, relative to itself, and keeps its order. Whether a photograph can be decoded shows at encoding.
+    - A folder is read recursively, in the order of the relative paths; hidden files and folders are left out (macOS puts a
+      hidden `._name.jpg` beside every photograph on foreign disks), linked folders are not entered.
+    - A list (`.txt`, or `-` for standard input) names one file a line, relative to the list (to the working directory), and keeps its order.
+    - `.tar` (webdataset's layout): every photograph in it, in the archive's order; not compressed, so that any of them can be reached at once.
+    - `.parquet`, or `.arrow` as Hugging Face `datasets` saves it: encoded photographs in a column of bytes or of `{bytes, path}`.
+
+    Of the last two, several may be given by a pattern (`shards/*.tar`, `shards/{000..099}.tar`), in the order of the pattern or of their names.
+    Whether a photograph can be decoded shows at encoding.
+
+    Args:
+        source: what to read.
+        column: of parquet and arrow files; may be left out where only one column can hold photographs.
 
     Raises:
         DualmatchError: nothing there, no photograph in it, or a list with an empty or repeated line.
     """
+    if str(source) == STDIN:
+        return _photos_of_lines(_text_of("standard input", sys.stdin.buffer.read()), Path(), "standard input")
+    path = Path(source)
     if path.is_dir():
         return _photos_of_folder(path)
-    if not path.exists():
-        raise DualmatchError(f"photographs: there is no folder or list file {path}.")
-    if path.suffix.lower() != ".txt":
-        raise DualmatchError(f"photographs: {path} is neither a folder nor a list file (.txt, one path a line).")
-    return _photos_of_list(path)
+    files = files_of(source)
+    suffixes = {file.suffix.lower() for file in files}
+    if files and suffixes <= set(TAR_SUFFIXES):
+        return photos_of_tars(files, photos_root(source))
+    if files and suffixes <= set(COLUMN_SUFFIXES):
+        return photos_of_columns(files, photos_root(source), column)
+    if not files:
+        raise DualmatchError(f"photographs: there is no folder, list, archive or pattern's match {source}.")
+    if suffixes != {".txt"} or len(files) > 1:
+        raise DualmatchError(
+            f"photographs: {source} is neither a folder nor a list (.txt, one path a line), nor .tar, .parquet or .arrow files of one kind."
+        )
+    return _photos_of_lines(_decoded(path), path.parent, str(path))
 
 
-def photos_root(path: Path) -> Path:
-    """The folder that the ids of `photos_in(path)` are relative to."""
-    return path if path.is_dir() else path.parent
+def photos_root(source: str | Path) -> Path:
+    """The folder that the ids of `photos_in(source)` are relative to."""
+    if str(source) == STDIN:
+        return Path()
+    path = Path(source)
+    if path.is_dir():
+        return path
+    parents = {file.parent for file in files_of(source)} or {path.parent}
+    return parents.pop() if len(parents) == 1 else Path(os.path.commonpath(parents))
 
 
 def captions_in(path: Path, *, images: Collection[str] | None = None) -> list[CaptionSource]:
@@ -81,7 +99,8 @@ def captions_in(path: Path, *, images: Collection[str] | None = None) -> list[Ca
         images: ids of the photographs at hand; a caption of any other image is then an error.
 
     Raises:
-        DualmatchError: an unreadable file, line or entry (with its number), a repeated id, or an image that is not there.
+        DualmatchError: an unreadable file or line (with its number), a repeated id, or an image that is not there. A line or entry
+            without usable text is no error: it keeps its row, with the problem said.
     """
     if not path.is_file():
         raise DualmatchError(f"captions: there is no file {path}.")
@@ -105,47 +124,59 @@ def captions_in(path: Path, *, images: Collection[str] | None = None) -> list[Ca
     return captions
 
 
-def _photos_of_folder(folder: Path) -> list[PhotoSource]:
+def _photos_of_folder(folder: Path) -> FilePhotos:
     ids: list[str] = []
     others: Counter[str] = Counter()
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        inside = os.path.relpath(parent, folder)
+        prefix = "" if inside == os.curdir else f"{inside}/"
         for name in names:
-            file = Path(parent, name)
-            if not name.startswith(".") and file.suffix.lower() in PHOTO_SUFFIXES:
-                ids.append(file.relative_to(folder).as_posix())
+            if is_photo_name(name):
+                ids.append(prefix + name)
             else:
-                others["hidden" if name.startswith(".") else file.suffix.lower() or "without suffix"] += 1
+                suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  (a million names)
+                others["hidden" if name.startswith(".") else suffix or "without suffix"] += 1
     if not ids:
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items())) or "no file at all"
-        raise DualmatchError(f"no photograph ({', '.join(PHOTO_SUFFIXES)}) in folder {folder}; it holds {found}.")
-    return [PhotoSource(id=id_, path=folder / id_) for id_ in sorted(ids)]
+        inside_them = [suffix for suffix in (*TAR_SUFFIXES, *COLUMN_SUFFIXES) if others[suffix]]
+        advice = f"; for the photographs in them give '{folder}/*{inside_them[0]}'" if inside_them else ""
+        raise DualmatchError(
+            f"no photograph ({', '.join(PHOTO_SUFFIXES)}) in folder {folder}; it holds {found}{advice}."
+        )
+    ids.sort()
+    return FilePhotos(ids, folder)
 
 
-def _photos_of_list(path: Path) -> list[PhotoSource]:
+def _photos_of_lines(text: str, folder: Path, name: str) -> FilePhotos:
     first_line: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in _lines(text):
+        if not line:
+            raise DualmatchError(f"{name}, line {number}: the line is empty; remove it or fill it in.")
         id_ = PurePosixPath(line).as_posix()
         if id_ in first_line:
-            raise DualmatchError(f"{path}, line {number}: {id_!r} stands on line {first_line[id_]} already.")
+            raise DualmatchError(f"{name}, line {number}: {id_!r} stands on line {first_line[id_]} already.")
         first_line[id_] = number
     if not first_line:
-        raise DualmatchError(f"photographs: list file {path} is empty.")
-    return [PhotoSource(id=id_, path=path.parent / id_) for id_ in first_line]
+        raise DualmatchError(f"photographs: the list of {name} is empty.")
+    return FilePhotos(list(first_line), folder)
 
 
 def _captions_of_text(path: Path) -> Iterator[tuple[str, CaptionSource]]:
-    for number, line in _lines(path):
-        yield f"line {number}", CaptionSource(id=str(number), text=line)
+    for number, line in _lines(_decoded(path)):
+        yield f"line {number}", CaptionSource(id=str(number), text=line, problem=None if line else "the line is empty")
 
 
 def _captions_of_jsonl(path: Path) -> Iterator[tuple[str, CaptionSource]]:
     per_image: Counter[str] = Counter()
-    for number, line in _lines(path):
+    for number, line in _lines(_decoded(path)):
         place = f"line {number}"
+        if not line:
+            yield place, CaptionSource(id=str(number), text="", problem="the line is empty")
+            continue
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DualmatchError(f"{path}, {place}: not JSON ({error}).") from None
         if not isinstance(entry, dict):
             raise DualmatchError(f"{path}, {place}: expected an object with a 'caption', found {line[:40]}.")
@@ -156,13 +187,16 @@ def _captions_of_jsonl(path: Path) -> Iterator[tuple[str, CaptionSource]]:
         id_ = default if own_id is None else str(own_id) if type(own_id) is int else _text(own_id, "'id'", path, place)
         if image is not None:
             per_image[image] += 1
-        yield place, CaptionSource(id=id_, text=_text(entry.get("caption"), "'caption'", path, place), image=image)
+        if "caption" not in entry:
+            raise DualmatchError(f"{path}, {place}: expected an object with a 'caption', found {line[:40]}.")
+        text, problem = _caption(entry["caption"])
+        yield place, CaptionSource(id=id_, text=text, image=image, problem=problem)
 
 
 def _captions_of_json(path: Path) -> Iterator[tuple[str, CaptionSource]]:
     try:
         content = json.loads(_decoded(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DualmatchError(f"captions: {path} is not JSON ({error}).") from None
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list):
@@ -173,12 +207,26 @@ def _captions_of_json(path: Path) -> Iterator[tuple[str, CaptionSource]]:
             raise DualmatchError(f"{path}, {place}: expected an object with a 'filename' and a list of 'captions'.")
         image = _text(entry.get("filename"), "'filename'", path, place)
         for k, caption in enumerate(entry["captions"]):
-            text = _text(caption, f"caption {k}", path, place)
-            yield f"{place}, caption {k}", CaptionSource(id=f"{image}#{k}", text=text, image=image)
+            text, problem = _caption(caption)
+            source = CaptionSource(id=f"{image}#{k}", text=text, image=image, problem=problem)
+            yield f"{place}, caption {k}", source
+
+
+def _caption(value: Any) -> tuple[str, str | None]:
+    """A caption stripped, and why it cannot be used; JSON can also smuggle in half a surrogate pair, which no tokenizer takes."""
+    if not isinstance(value, str):
+        return "", f"the caption is not text but {json.dumps(value)[:40]}"
+    if not value.strip():
+        return "", "the caption is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "", "the caption holds half a surrogate pair, which is no text"
+    return value.strip(), None
 
 
 def _text(value: Any, what: str, path: Path, place: str) -> str:
-    """`value` as stripped text; JSON can also smuggle in half a surrogate pair, which no tokenizer takes."""
+    """`value` as stripped text."""
     if not isinstance(value, str) or not value.strip():
         raise DualmatchError(f"{path}, {place}: {what} must be text, found {json.dumps(value)[:40]}.")
     try:
@@ -188,23 +236,23 @@ def _text(value: Any, what: str, path: Path, place: str) -> str:
     return value.strip()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, stripped. An empty line between others is an error: it may be a lost entry; at the end it is none."""
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines, stripped; empty ones at the end are none, between others they may be lost entries."""
     # Not splitlines(), which also breaks a caption at a form feed or a Unicode line separator.
-    lines = [line.strip() for line in _decoded(path).rstrip().split("\n")]
-    for number, line in enumerate(lines, start=1):
-        if line:
-            yield number, line
-        elif len(lines) > 1:
-            raise DualmatchError(f"{path}, line {number}: the line is empty; remove it or fill it in.")
+    if text.strip():
+        yield from enumerate((line.strip() for line in text.rstrip().split("\n")), start=1)
 
 
 def _decoded(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return data.decode("utf-8-sig")
+        return _text_of(str(path), path.read_bytes())
     except OSError as error:
         raise DualmatchError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _text_of(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DualmatchError(f"{path}, line {line}: not UTF-8 ({error.reason}).") from None
+        raise DualmatchError(f"{name}, line {line}: not UTF-8 ({error.reason}).") from None

@@ -1,9 +1,10 @@
 """A gallery's directory while it grows: whatever happens, what counts on disk is a prefix of the finished gallery.
 
 A shard's files are written whole, then the quarantine list grows, then the index says so: only the index makes a shard
-count. Nothing depends on time, chance or an earlier interruption, so a resumed gallery has the bytes of an uninterrupted one.
+count. Batches on their way to the next shard wait in the journal. Nothing depends on time, chance or an earlier interruption, so a resumed gallery has the bytes of an uninterrupted one.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -12,29 +13,49 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, sha256_of_file, write_atomically
 
 from .gallery import Gallery
 from .index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, Shard, shard_files
+from .journal import JOURNAL_FILE, Stored, clear_journal, records
 
 LOCK_FILE = ".lock"
-OWN_FILES = re.compile(r"vectors-\d{5}\.npy|items-\d{5}\.jsonl|quarantine\.jsonl|index\.json")
+OWN_FILES = re.compile(r"vectors-\d{5}\.npy|items-\d{5}\.jsonl|quarantine\.jsonl|index\.json|journal\.bin")
 OWN_LEFTOVERS = re.compile(rf"\.({OWN_FILES.pattern})\.\w+\.part")  # as write_atomically names them
+_held: dict[tuple[int, Path], object] = {}  # by this process; a fork's own number makes what it inherits not its own
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Make the directory and be its only writer; the lock goes when its holder does, however that ends.
+    """Make the directory and be its only writer; the lock goes when the process that holds it does, however that ends.
 
     Raises:
         DualmatchError: another writer holds it, or the directory cannot be made.
     """
+    # A POSIX lock: workers that the holder has forked do not inherit it and cannot keep it alive. It also does not
+    # exclude the holder's own threads, and any closing of the file would drop it: so the file is not even opened twice.
+    mine, key = object(), (os.getpid(), out.resolve())
+    if _held.setdefault(key, mine) is not mine:
+        raise _taken(out, str(os.getpid()))
+    try:
+        with _lock_file(out) as handle:
+            try:
+                with suppress(OSError):  # a full disk: what is refused would only have been told the holder's number
+                    os.truncate(handle, 0)
+                    os.write(handle, f"{os.getpid()}\n".encode())
+                yield
+            finally:
+                (out / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        del _held[key]
+
+
+@contextmanager
+def _lock_file(out: Path) -> Iterator[int]:
     path = out / LOCK_FILE
     while True:
         try:
@@ -46,39 +67,37 @@ def locked(out: Path) -> Iterator[None]:
             raise DualmatchError(f"gallery {out} cannot be written: {error.strerror}.") from None
     try:
         _take(handle, out)
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield handle
     finally:
         os.close(handle)
 
 
 def _take(handle: int, out: Path) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(handle, 20, 0).decode().strip() or "unknown"
-        raise DualmatchError(
-            f"gallery {out} is being written by another process ({holder}); wait for it or give another path."
-        ) from None
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise _taken(out, os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown") from None
         raise DualmatchError(f"gallery {out} cannot be locked: {error.strerror}.") from None
     # Between our opening and locking it, a holder may have finished and removed the file: then we locked nothing.
     if os.fstat(handle).st_nlink == 0:
         raise DualmatchError(f"gallery {out} was being written by another process until now; try again.")
 
 
-def begin(out: Path, plan: GalleryIndex, *, resume: bool) -> GalleryIndex:
-    """The index to go on from: an earlier run's if resuming, else `plan`, written as a gallery without shards.
+def _taken(out: Path, holder: str) -> DualmatchError:
+    return DualmatchError(
+        f"gallery {out} is being written by another process ({holder}); wait for it or give another path."
+    )
+
+
+def begin(out: Path, plan: GalleryIndex, *, resume: bool) -> tuple[GalleryIndex, list[Stored]]:
+    """The index to go on from, and what is encoded beyond it: an earlier run's if resuming, else `plan`, written as a gallery without shards.
 
     Raises:
         DualmatchError: there is something else, or a gallery without `resume`, or one that was begun otherwise than planned.
     """
     if not (out / INDEX_FILE).exists():
-        if foreign := sorted(path.name for path in out.iterdir() if not _is_own(path.name)):
+        if foreign := sorted(path.name for path in out.iterdir() if not is_own(path.name)):
             raise DualmatchError(f"{out} is no gallery but holds {foreign[0]}; give a path that does not exist yet.")
         with writing(out, plan):
             try:
@@ -88,46 +107,40 @@ def begin(out: Path, plan: GalleryIndex, *, resume: bool) -> GalleryIndex:
             except BaseException:
                 remove(out)
                 raise
-        return plan
+        return plan, []
     index = GalleryIndex.read(out)
     if not resume:
-        state = "finished" if index.complete else f"unfinished ({index.rows_done} of {index.rows} rows)"
+        state = "finished" if index.complete else "unfinished"
         advice = "remove it first" if index.complete else "go on with --resume"
         raise DualmatchError(f"gallery {out} exists and is {state}: {advice}, or give another path.")
     _require_same(out, index, plan)
     Gallery(out, index)  # checks sizes and shapes of the finished shards
-    if not index.complete:
-        with writing(out, index):
-            _cut_back(out, index)
-        # The bundle may have moved since; its hash says that it is the same.
-        index = replace(index, bundle_path=plan.bundle_path)
-    return index
+    with writing(out, index):
+        _cut_back(out, index)
+    if index.complete:
+        return index, []
+    # The bundle may have moved since; its hash says that it is the same.
+    return replace(index, bundle_path=plan.bundle_path), records(out, index)
 
 
-def append_shard(
-    out: Path,
-    index: GalleryIndex,
-    *,
-    end_row: int,
-    vectors: Sequence[NDArray[Any]],
-    items: Sequence[bytes],
-    quarantined: Sequence[bytes],
-) -> GalleryIndex:
-    """Write the shard of rows [index.rows_done, end_row) and commit it; gives the new index.
-
-    Args:
-        out, index: the gallery and how far it has come.
-        end_row: first source row beyond the shard.
-        vectors: in the gallery's dtype, (n, dimension) each.
-        items, quarantined: JSON lines.
-    """
+def append_shard(out: Path, index: GalleryIndex, stored: Sequence[Stored]) -> GalleryIndex:
+    """Write the shard of the rows that `stored` holds, from `index.next_row` on, and commit it; gives the new index."""
+    assert stored[0].rows.start == index.next_row
+    items = [line for one in stored for line in one.items]
+    quarantined = [line for one in stored for line in one.quarantined]
     npy = BytesIO()
-    np.save(npy, np.concatenate([np.empty((0, index.dimension), index.dtype), *vectors]), allow_pickle=False)
-    records = []
+    np.save(npy, np.concatenate([one.vectors for one in stored]), allow_pickle=False)
+    written = []
     for name, data in zip(shard_files(len(index.shards)), (npy.getvalue(), b"".join(items)), strict=True):
         write_atomically(out / name, data)
-        records.append(FileRecord(file=name, bytes=len(data), sha256=sha256_of_bytes(data)))
-    shard = Shard(first_row=index.rows_done, end_row=end_row, count=len(items), vectors=records[0], items=records[1])
+        written.append(FileRecord(file=name, bytes=len(data), sha256=sha256_of_bytes(data)))
+    shard = Shard(
+        first_row=index.next_row,
+        end_row=stored[-1].rows.stop,
+        count=len(items),
+        vectors=written[0],
+        items=written[1],
+    )
     log = index.quarantine
     if quarantined:
         path = out / QUARANTINE_FILE
@@ -138,6 +151,7 @@ def append_shard(
         log = FileRecord(file=QUARANTINE_FILE, bytes=path.stat().st_size, sha256=sha256_of_file(path))
     index = replace(index, shards=(*index.shards, shard), quarantine=log)
     _commit(out, index)
+    clear_journal(out, remove=index.complete)
     return index
 
 
@@ -145,7 +159,7 @@ def remove(out: Path) -> None:
     """Remove the gallery's files and leftovers, and nothing else; the index goes first, so that no half of it counts."""
     (out / INDEX_FILE).unlink(missing_ok=True)
     for path in list(out.iterdir()):
-        if _is_own(path.name) and path.name != LOCK_FILE:
+        if is_own(path.name) and path.name != LOCK_FILE:
             path.unlink(missing_ok=True)
 
 
@@ -155,8 +169,10 @@ def writing(out: Path, index: GalleryIndex) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = f"its first {index.rows_done} rows are safe, go on with --resume" if index.shards else "nothing is kept"
-        raise DualmatchError(f"gallery {out} cannot be written: {error.strerror or error}; {kept}.") from None
+        raise DualmatchError(
+            f"gallery {out} cannot be written: {error.strerror or error}; "
+            f"{f'its first {index.rows_done} rows are' if index.shards else 'what it held is'} safe, go on with --resume."
+        ) from None
 
 
 def _require_same(out: Path, index: GalleryIndex, plan: GalleryIndex) -> None:
@@ -170,6 +186,7 @@ def _require_same(out: Path, index: GalleryIndex, plan: GalleryIndex) -> None:
         "rows": "number of sources",
         "source_hash": "source list (hash)",
         "root": "folder of photographs",
+        "part": "part of the rows",
     }.items():
         was, asked = getattr(index, name), getattr(plan, name)
         if was != asked:
@@ -180,14 +197,15 @@ def _require_same(out: Path, index: GalleryIndex, plan: GalleryIndex) -> None:
 
 
 def _cut_back(out: Path, index: GalleryIndex) -> None:
-    """Take away what an interrupted run wrote beyond its last commit."""
-    confirmed = {LOCK_FILE, INDEX_FILE, QUARANTINE_FILE}
+    """Take away what an interrupted run wrote beyond its last commit, but for the journal of what it was to write next."""
+    confirmed = {LOCK_FILE, INDEX_FILE, QUARANTINE_FILE} | (set() if index.complete else {JOURNAL_FILE})
     confirmed.update(record.file for shard in index.shards for record in (shard.vectors, shard.items))
     for path in list(out.iterdir()):
-        if _is_own(path.name) and path.name not in confirmed:
+        if is_own(path.name) and path.name not in confirmed:
             path.unlink()
     log = out / QUARANTINE_FILE
-    os.truncate(log, index.quarantine.bytes)
+    if log.stat().st_size > index.quarantine.bytes:
+        os.truncate(log, index.quarantine.bytes)
     if sha256_of_file(log) != index.quarantine.sha256:
         raise DualmatchError(f"gallery {out}: {log.name} has been changed, so it cannot be resumed; encode it again.")
 
@@ -207,5 +225,6 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
+    """Whether a file of this name in a gallery's directory is the gallery's."""
     return name == LOCK_FILE or bool(OWN_FILES.fullmatch(name) or OWN_LEFTOVERS.fullmatch(name))

@@ -1,17 +1,15 @@
-"""Encoding into a gallery: sources are read in threads, encoded in batches cut by source row, and stored shard by shard."""
+"""Encoding into a gallery: units of rows are prepared ahead, encoded, and stored behind, so that the encoder waits for nothing."""
 
-import errno
 import hashlib
 import json
 import os
-import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,47 +19,17 @@ from dualmatch.runtime.files import sha256_of_bytes
 
 from .gallery import Gallery
 from .index import QUARANTINE_FILE, FileRecord, GalleryIndex, Kind
+from .journal import Stored, append_record
+from .pipeline import GalleryEncoder, Source, SourceT, prepared_units
 from .store import append_shard, begin, locked, remove, writing
 
+__all__ = ["GalleryEncoder", "OnError", "Source", "Summary", "write_gallery"]
+
 DEFAULT_ROWS_PER_SHARD = 4096
-LOOKAHEAD = 2  # batches read ahead of the one being encoded
-# Troubles of the machine, not of the photograph that met them.
-MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+MAX_THREADS = 16  # of reading, by default
+UNITS_BEHIND = 2  # encoded and waiting to be written
 
 OnError = Literal["quarantine", "fail"]
-
-
-class Source(Protocol):
-    """Something to encode, not yet read; `fields` is what the gallery records about it beside row and id."""
-
-    @property
-    def id(self) -> str: ...
-
-    def fields(self) -> dict[str, str]: ...
-
-
-SourceT = TypeVar("SourceT", bound=Source)
-SourceT_contra = TypeVar("SourceT_contra", bound=Source, contravariant=True)
-
-
-class GalleryEncoder(Protocol[SourceT_contra]):
-    """What turns sources into vectors."""
-
-    @property
-    def dimension(self) -> int:
-        """Length of a vector."""
-        ...
-
-    def prepare(self, source: SourceT_contra, /) -> Any:
-        """Read and pre-process one source; called from several threads.
-
-        DualmatchError and OSError mean that this source cannot be used; anything else is a fault of the program.
-        """
-        ...
-
-    def encode(self, prepared: Sequence[Any], /) -> NDArray[np.float32]:
-        """Up to a batch of prepared sources to float32 (n, dimension); called from one thread, in row order."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +41,6 @@ class Summary:
     count: int
     quarantined: int
     resumed_rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Unreadable:
-    reason: str
 
 
 class _NothingReadableError(DualmatchError):
@@ -93,6 +56,7 @@ def write_gallery(
     bundle_path: Path,
     bundle_hash: str,
     root: Path | None = None,
+    rows: tuple[int, int | None] | None = None,
     batch_size: int = 32,
     rows_per_shard: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
@@ -104,7 +68,7 @@ def write_gallery(
     """Encode `sources`, in their order, into the gallery `out`.
 
     Batches are cut by source row: an unreadable source leaves its batch smaller and moves no other row. A run that fails
-    keeps its finished shards, marked unfinished, for `resume`; if it has finished none, it leaves nothing behind.
+    keeps the batches it has finished, marked unfinished, for `resume`; if it has finished none, it leaves nothing behind.
 
     Args:
         out: the gallery's directory; must not exist, unless `resume`.
@@ -113,12 +77,13 @@ def write_gallery(
         kind: what is encoded.
         bundle_path, bundle_hash: the bundle that the encoder runs, recorded so that search can refuse another.
         root: the folder that photographs' ids are relative to, recorded so that search can show them.
+        rows: encode source rows [A, B) only; both are multiples of `rows_per_shard`, B may be the end of the sources, or None for it.
         batch_size, rows_per_shard: how rows are cut; a shard is whole batches (by default about 4096 rows).
         dtype: of the stored vectors.
         resume: go on where an earlier run stopped; does nothing where it had finished, begins where there is nothing.
         on_error: put unreadable sources on the quarantine list, or stop at the first.
-        threads: reading threads; by default one per core, at most four.
-        progress: called at the start and after every batch with (rows done, rows in all).
+        threads: reading threads; by default one per core, at most 16.
+        progress: called at the start and after every batch that is stored with (rows done, rows in all).
 
     Raises:
         DualmatchError: `out` exists, is being written by another process, or was begun with other settings; no sources, or
@@ -143,35 +108,38 @@ def write_gallery(
         rows=len(sources),
         source_hash=_hash_of(sources),
         quarantine=FileRecord(file=QUARANTINE_FILE, bytes=0, sha256=sha256_of_bytes(b"")),
+        part=_part(rows, len(sources), rows_per_shard),
     )
     existed = out.exists()
     try:
         with locked(out):
-            begun = begin(out, plan, resume=resume)
-            if on_error == "fail" and begun.count < begun.rows_done:
-                first = Gallery(out, begun).quarantine[0]
-                raise DualmatchError(f"gallery {out} has an unreadable source already: {first.id}: {first.reason}.")
+            begun, journal = begin(out, plan, resume=resume)
             run = _Run(out=out, index=begun, sources=sources, encoder=encoder, on_error=on_error, progress=progress)
             try:
-                run.encode(threads or min(4, os.cpu_count() or 1))
+                resumed_rows = run.take_up(journal)
+                run.encode(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))))
             except BaseException as error:
-                if isinstance(error, _NothingReadableError) or not run.index.shards:
+                if isinstance(error, _NothingReadableError) or run.next_row == run.index.part[0]:
                     remove(out)
                 raise
     except BaseException:
         if not existed:
-            with suppress(OSError):  # not empty: finished shards stay
+            with suppress(OSError):  # not empty: what is finished stays
                 out.rmdir()
         raise
     done = run.index
     return Summary(
-        path=out, rows=done.rows, count=done.count, quarantined=done.rows - done.count, resumed_rows=begun.rows_done
+        path=out,
+        rows=done.rows_done,
+        count=done.count,
+        quarantined=done.quarantined,
+        resumed_rows=resumed_rows,
     )
 
 
 @dataclass(kw_only=True)
 class _Run(Generic[SourceT]):
-    """One run's way through the rows that are missing; `index` follows what is on disk."""
+    """One run's way through the rows that are missing; `index`, `unsharded` and `next_row` follow what is on disk."""
 
     out: Path
     index: GalleryIndex
@@ -179,67 +147,88 @@ class _Run(Generic[SourceT]):
     encoder: GalleryEncoder[SourceT]
     on_error: OnError
     progress: Callable[[int, int], None] | None
+    unsharded: list[Stored] = field(default_factory=list)
+    next_row: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.next_row = self.index.next_row
+
+    def take_up(self, journal: list[Stored]) -> int:
+        """Go on behind what an earlier run encoded; gives how many rows that is."""
+        if self.on_error == "fail" and self.index.quarantined:
+            first = Gallery(self.out, self.index).quarantine[0]
+            raise DualmatchError(f"gallery {self.out} has an unreadable source already: {first.id}: {first.reason}.")
+        for stored in journal:
+            self._keep(stored)
+        return self.next_row - self.index.part[0]
 
     def encode(self, threads: int) -> None:
-        starts = range(self.index.rows_done, self.index.rows, self.index.batch_size)
-        batches = (range(start, min(start + self.index.batch_size, self.index.rows)) for start in starts)
-        vectors: list[NDArray[Any]] = []
-        items: list[bytes] = []
-        quarantined: list[bytes] = []
-        self._report(self.index.rows_done)
-        with closing(self._prepared(batches, threads)) as prepared_batches:
-            for rows, prepared in prepared_batches:
-                good = {row: value for row, value in prepared.items() if not isinstance(value, _Unreadable)}
-                for row, value in prepared.items():
-                    if isinstance(value, _Unreadable):
-                        quarantined.append(self._quarantine(row, value.reason))
-                if good:
-                    encoded = self.encoder.encode(list(good.values()))
-                    vectors.append(_storable(encoded, self.index, [self.sources[row].id for row in good]))
-                    items += [self._line(row, self.sources[row].fields()) for row in good]
-                if rows.stop == self.index.rows and not self.index.count and not items:
-                    first = json.loads(quarantined[0])
-                    raise _NothingReadableError(
-                        f"none of the {rows.stop} sources could be read; {first['id']}: {first['reason']}."
-                    )
-                if rows.stop == self.index.rows or rows.stop % self.index.rows_per_shard == 0:
-                    with writing(self.out, self.index):
-                        self.index = append_shard(
-                            self.out,
-                            self.index,
-                            end_row=rows.stop,
-                            vectors=vectors,
-                            items=items,
-                            quarantined=quarantined,
-                        )
-                    vectors, items, quarantined = [], [], []
-                self._report(rows.stop)
+        """Encode and store every row that is missing."""
+        self._report(self.next_row)
+        units = prepared_units(
+            self.sources, self.encoder, self._units(), batch_size=self.index.batch_size, threads=threads
+        )
+        waiting: deque[tuple[int, Future[None]]] = deque()
+        # One thread stores, in order, while the next unit is encoded; after a failure it refuses the rest.
+        with ThreadPoolExecutor(1, thread_name_prefix="store") as store, closing(units) as prepared:
+            for unit in prepared:
+                encoded = [(rows, self.encoder.encode(batch)) for rows, batch in unit.batches]
+                waiting.append((unit.rows.stop, store.submit(self._store, unit.rows, encoded, unit.unreadable)))
+                while waiting and (len(waiting) > UNITS_BEHIND or waiting[0][1].done()):
+                    self._report_when_stored(*waiting.popleft())
+            while waiting:
+                self._report_when_stored(*waiting.popleft())
 
-    def _prepared(self, batches: Iterable[range], threads: int) -> Generator[tuple[range, dict[int, Any]], None, None]:
-        """Batches in order, each row's prepared source or why there is none; reading stays `LOOKAHEAD` batches ahead."""
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
-        pending: deque[tuple[range, dict[int, Future[Any]]]] = deque()
-        try:
-            for rows in batches:
-                pending.append((rows, {row: pool.submit(self._prepare, self.sources[row]) for row in rows}))
-                if len(pending) > LOOKAHEAD:
-                    yield _collected(*pending.popleft())
-            while pending:
-                yield _collected(*pending.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def _units(self) -> Iterator[range]:
+        length = self.index.batch_size * self.encoder.window_batches
+        row = self.next_row
+        while row < self.index.part[1]:
+            # Cut from the shard's first row, so that a unit ends with its shard whatever the window.
+            shard_end = (row // self.index.rows_per_shard + 1) * self.index.rows_per_shard
+            end = min(row + length, shard_end, self.index.part[1])
+            yield range(row, end)
+            row = end
 
-    def _prepare(self, source: SourceT) -> Any:
-        try:
-            return self.encoder.prepare(source)
-        except OSError as error:
-            if error.errno in MACHINE_ERRORS:
-                raise DualmatchError(
-                    f"{source.id} cannot be read now: {error.strerror}; go on with --resume."
-                ) from None
-            return _Unreadable(reason=_reason(error))
-        except DualmatchError as error:
-            return _Unreadable(reason=_reason(error))
+    def _store(
+        self, rows: range, encoded: list[tuple[list[int], NDArray[np.float32]]], unreadable: dict[int, str]
+    ) -> None:
+        if rows.start != self.next_row:
+            return  # an earlier unit could not be stored, as its own future says: nothing may come behind a gap
+        vectors = np.empty((len(rows) - len(unreadable), self.index.dimension), self.index.dtype)
+        good = [row for row in rows if row not in unreadable]
+        position = {row: number for number, row in enumerate(good)}
+        for chosen, batch in encoded:
+            vectors[[position[row] for row in chosen]] = _storable(
+                batch, self.index, [self.sources[row].id for row in chosen]
+            )
+        quarantined = [self._quarantine(row, reason) for row, reason in unreadable.items()]
+        stored = Stored(
+            rows=rows,
+            vectors=vectors,
+            items=[self._line(row, self.sources[row].fields()) for row in good],
+            quarantined=quarantined,
+        )
+        with writing(self.out, self.index):
+            append_record(self.out, stored)
+        self._keep(stored)
+
+    def _keep(self, stored: Stored) -> None:
+        """Count a unit that the journal holds, and write the shard that it completes."""
+        if self.on_error == "fail" and stored.quarantined:
+            entry = json.loads(stored.quarantined[0])
+            raise DualmatchError(f"cannot read {entry['id']} (row {entry['row']}): {entry['reason']}.")
+        self.unsharded.append(stored)
+        end = stored.rows.stop
+        if end == self.index.part[1] and not self.index.count and not any(one.items for one in self.unsharded):
+            entry = json.loads(next(one.quarantined[0] for one in self.unsharded))
+            raise _NothingReadableError(
+                f"none of the {len(self._part())} sources could be read; {entry['id']}: {entry['reason']}."
+            )
+        if end == self.index.part[1] or end % self.index.rows_per_shard == 0:
+            with writing(self.out, self.index):
+                self.index = append_shard(self.out, self.index, self.unsharded)
+            self.unsharded = []
+        self.next_row = end
 
     def _quarantine(self, row: int, reason: str) -> bytes:
         if self.on_error == "fail":
@@ -249,19 +238,31 @@ class _Run(Generic[SourceT]):
     def _line(self, row: int, fields: dict[str, str]) -> bytes:
         return _json_line({"row": row, "id": self.sources[row].id, **fields})
 
-    def _report(self, rows_done: int) -> None:
+    def _part(self) -> range:
+        return range(*self.index.part)
+
+    def _report_when_stored(self, end: int, stored: "Future[None]") -> None:
+        stored.result()
+        self._report(end)
+
+    def _report(self, next_row: int) -> None:
         if self.progress is not None:
-            self.progress(rows_done, self.index.rows)
+            self.progress(next_row - self.index.part[0], len(self._part()))
 
 
-def _collected(rows: range, futures: dict[int, Future[Any]]) -> tuple[range, dict[int, Any]]:
-    return rows, {row: future.result() for row, future in futures.items()}
-
-
-def _reason(error: Exception) -> str:
-    """Why a source cannot be used, without what differs between two runs (addresses of objects)."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).rstrip(".") or type(error).__name__
+def _part(rows: tuple[int, int | None] | None, total: int, rows_per_shard: int) -> tuple[int, int]:
+    """The asked rows, checked: parts join to the bytes of one run only where both cut between the same shards."""
+    first, asked_end = rows or (0, None)
+    end = total if asked_end is None else asked_end
+    if not 0 <= first < end <= total:
+        raise DualmatchError(f"rows {first}:{end} are asked for, the sources have rows 0:{total}.")
+    for row in (first, end):
+        if row % rows_per_shard and row != total:
+            below = row // rows_per_shard * rows_per_shard
+            raise DualmatchError(
+                f"row {row} lies inside a shard of {rows_per_shard} rows: cut at {below} or {min(below + rows_per_shard, total)}."
+            )
+    return first, end
 
 
 def _storable(encoded: NDArray[np.float32], index: GalleryIndex, ids: Sequence[str]) -> NDArray[Any]:
@@ -272,7 +273,7 @@ def _storable(encoded: NDArray[np.float32], index: GalleryIndex, ids: Sequence[s
             f"the encoder gave {encoded.dtype} {list(encoded.shape)} for {ids[0]} and following, "
             f"expected float32 {list(shape)}."
         )
-    with np.errstate(over="ignore"):  # found below, with the name of the item
+    with np.errstate(over="ignore", invalid="ignore"):  # found below, with the name of the item
         stored = encoded.astype(index.dtype)
     bad = ~np.isfinite(stored).all(axis=1) | ~stored.any(axis=1)
     if bad.any():

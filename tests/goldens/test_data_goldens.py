@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dualmatch.models.vsrn_caption import caption_targets
+from dualmatch.runtime.datasets.scan import ScanSplit
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.region_readers import CocoRegions, FlickrRegions
 from dualmatch.runtime.tokenizer import CaptionTokenizer
 from dualmatch.training.authors_data import BERT_OPTIONS, WORD_OPTIONS, Collated, bert_tokenizer, collate
 from dualmatch.training.glove import initialise_from_glove, read_glove
-from dualmatch.training.region_readers import CocoRegions, FlickrRegions, ScanSplit
 from dualmatch.training.treebank import treebank_tokenizer
 from dualmatch.training.vocabulary import save_tokenizer
 

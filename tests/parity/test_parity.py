@@ -1,4 +1,4 @@
-"""Does a bundle give on this backend what torch gave? Point it at any: `make parity BUNDLE=DIR [BACKEND=…] [DATA=DIR]`."""
+"""Does a bundle give on this backend what torch gave? Point it at any: `make parity BUNDLE=DIR [BACKEND=…] [DATA=DIR] [REGIONS=FILE]`."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.verify import tolerances_of, verify
 
 # Rounding that batching alone may cause, per component of a unit vector.
-SAME = {"fp32": 5e-6, "fp16": 5e-3}
-NORM = {"fp32": 1e-5, "fp16": 1e-3}
+SAME = {"fp32": 5e-6, "fp16": 5e-3, "int8": 2e-2}  # a rounding that falls the other way is a whole step of int8
+NORM = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-3}
 BATCHES = (1, 2, 7)
 LENGTHS = (1, 2, 5, 17, 40)
 

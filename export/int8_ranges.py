@@ -1,0 +1,98 @@
+"""Activation ranges for static quantisation: a histogram of magnitudes per tensor on real inputs, and the percentile that clips it.
+
+One batch at a time and one histogram per tensor, so that memory does not grow with the number of calibration items.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from dualmatch.runtime.backends import open_session
+from dualmatch.runtime.errors import DualmatchError
+
+NUM_BINS = 4096
+Feeds = Mapping[str, NDArray[Any]]
+
+
+class Histogram:
+    """Magnitudes of one tensor in equal bins from 0; the range doubles, two bins becoming one, when a larger value comes."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(NUM_BINS, dtype=np.int64)
+        self.top = 0.0
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Count more values."""
+        magnitudes = np.abs(values).ravel()
+        largest = float(magnitudes.max(initial=0.0))
+        if largest == 0:
+            self.counts[0] += magnitudes.size
+            return
+        if self.top == 0:
+            self.top = largest
+        while self.top < largest:
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(NUM_BINS // 2, dtype=np.int64)])
+            self.top *= 2
+        bins = np.minimum((magnitudes * np.float32(NUM_BINS / self.top)).astype(np.int32), NUM_BINS - 1)
+        self.counts += np.bincount(bins, minlength=NUM_BINS)
+
+    def threshold(self, percentile: float) -> float:
+        """The magnitude under which `percentile` percent of the values other than zero lie; 100 keeps the largest bin."""
+        # Behind a ReLU most values are exactly zero and say nothing about the range.
+        counts = self.counts.copy()
+        counts[0] = 0
+        if not counts.any():
+            return self.top
+        reached = np.cumsum(counts) / counts.sum()
+        last = int(np.searchsorted(reached, percentile / 100 - 1e-12))
+        return self.top * min(last + 1, NUM_BINS) / NUM_BINS
+
+
+def histograms(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Iterable[Feeds],
+    scratch: Path,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Histogram]:
+    """Histograms of the named float tensors of `model` on real inputs.
+
+    Args:
+        tensors: inputs of the graph or tensors computed in it.
+        batches: real inputs, best one item each: every named tensor of a batch is in memory at once.
+        scratch: a folder for a temporary graph.
+        progress: called with the number of batches done.
+
+    Raises:
+        DualmatchError: no batch, or a tensor that is not finite.
+    """
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    given = {value.name for value in probed.graph.input}
+    declared = {value.name for value in probed.graph.output}
+    probed.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors if name not in given | declared
+    )
+    path = scratch / "calibration.onnx"
+    onnx.save(probed, path)
+    found = {name: Histogram() for name in tensors}
+    done = 0
+    try:
+        with open_session(path) as session:
+            for feeds in batches:
+                for name, values in (dict(feeds) | session.run(feeds)).items():
+                    if name in found:
+                        found[name].add(values)
+                done += 1
+                if progress is not None:
+                    progress(done)
+    finally:
+        path.unlink()
+    if not done:
+        raise DualmatchError("there is nothing to calibrate on.")
+    return found

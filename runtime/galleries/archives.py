@@ -1,0 +1,84 @@
+"""Photographs in tar archives, webdataset's layout: headers are read once, then any photograph is one read at an offset."""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dualmatch.runtime.errors import DualmatchError
+
+from .photos import LostPhoto, OnlyIds, Photo, SourceGoneError, is_photo_name, require_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarPhoto(OnlyIds):
+    """A member of an archive: its id is the archive's path, a slash, and the member's name."""
+
+    id: str
+    archive: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        require_size(self.size)
+        try:
+            with self.archive.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except FileNotFoundError:
+            raise SourceGoneError(
+                f"the archive {self.archive} has vanished; bring it back and go on with --resume."
+            ) from None
+        if len(data) < self.size:
+            raise DualmatchError(f"the archive ends inside it ({len(data)} of {self.size} bytes).")
+        return data
+
+
+def photos_of_tars(archives: Sequence[Path], root: Path) -> list[Photo]:
+    """Every photograph of the archives, in their order; captions and other members are passed over.
+
+    An archive that is cut or damaged gives the photographs before the damage, then one row under its own name that says so.
+
+    Raises:
+        DualmatchError: an archive that cannot be opened, or no photograph in all of them.
+    """
+    photos = [photo for archive in archives for photo in _photos(archive, archive.relative_to(root).as_posix())]
+    if not photos:
+        raise DualmatchError(f"no photograph in the {len(archives)} archive(s) {archives[0]} …")
+    return photos
+
+
+def _photos(archive: Path, name: str) -> Iterator[Photo]:
+    try:
+        with archive.open("rb") as file:
+            tar = None
+            try:
+                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closed with its file)
+                while (member := tar.next()) is not None:
+                    vars(tar)["members"] = []  # else the headers of a million members stay in memory
+                    if is_photo_name(PurePosixPath(member.name).name):
+                        yield _photo(archive, name, member)
+                problem = _problem_at_end(file.seek(tar.offset), file.read(512))
+            except DualmatchError:
+                raise
+            except (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError) as error:
+                problem = str(error) or type(error).__name__
+            if problem:
+                where = f"behind byte {tar.offset}" if tar is not None else "from its first byte"
+                yield LostPhoto(id=name, reason=f"the archive cannot be read {where} ({problem}): what follows is lost")
+    except OSError as error:
+        raise DualmatchError(f"archive {archive} cannot be read: {error.strerror or error}.") from None
+
+
+def _photo(archive: Path, name: str, member: tarfile.TarInfo) -> Photo:
+    id_ = f"{name}/{PurePosixPath(member.name).as_posix().lstrip('/')}"
+    if not member.isreg() or member.issparse():
+        return LostPhoto(id=id_, reason="it is not a plain file in its archive")
+    return TarPhoto(id=id_, archive=archive, offset=member.offset_data, size=member.size)
+
+
+def _problem_at_end(offset: int, block: bytes) -> str | None:
+    """`tarfile` takes a damaged header, and a missing one, for the end; the real end is a block of zeros."""
+    if len(block) < 512:
+        return f"it ends at byte {offset + len(block)} without an end mark"
+    return "a damaged header" if any(block) else None

@@ -1,0 +1,88 @@
+"""The head alone: grid maps and regions in, the whole encoder's embeddings out, at every precision and as an engine."""
+
+import importlib.util
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+import torch
+
+from dualmatch.export.engine import build_engine
+from dualmatch.export.engine_profiles import profile_from_text
+from dualmatch.export.graph import export_encoder, largest_difference, specs
+from dualmatch.export.half import to_half
+from dualmatch.export.head import ImageHead, head_inputs
+from dualmatch.export.int8 import layers_of, to_int8
+from dualmatch.export.int8_ranges import histograms
+from dualmatch.runtime.backends import open_session
+from dualmatch.runtime.errors import DualmatchError
+
+from .tiny_models import image_config, image_encoder, images
+
+CASES = {
+    "both": (image_config("grid-and-pyramid-previous", "k2", "ssr", "batch"), ("final_map", "previous_map")),
+    "files": (image_config("grid-and-files", "k1", "ssr", "layer"), ("final_map", "regions")),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def head(request, tmp_path_factory):
+    config, names = CASES[request.param]
+    encoder = image_encoder(config)
+    module = ImageHead(encoder)
+    assert module.input_names == names
+    path = tmp_path_factory.mktemp("head") / "head.onnx"
+    model = export_encoder(module, head_inputs(encoder, images(encoder, 3)), path, output="image_embedding")
+    return encoder, module, model, path
+
+
+def feeds(encoder, batch, seed=1):
+    inputs = images(encoder, batch, seed)
+    return inputs, {name: value.numpy() for name, value in head_inputs(encoder, inputs).items()}
+
+
+def embedded(path, given):
+    with open_session(path) as session:
+        (result,) = session.run(given).values()
+    return result
+
+
+def test_the_heads_graph_gives_the_whole_encoders_embeddings(head):
+    encoder, module, model, path = head
+    assert tuple(spec.name for spec in specs(model.graph.input)) == module.input_names
+    assert not any(node.op_type == "Conv" for node in model.graph.node)
+    assert encoder.trunk is not None
+    for batch in (1, 2, 7):
+        inputs, given = feeds(encoder, batch)
+        with torch.inference_mode():
+            wanted = encoder(**inputs).numpy()
+        np.testing.assert_allclose(embedded(path, given), wanted, rtol=0, atol=1e-5)
+        assert largest_difference(module, path, [given]) < 1e-5
+
+
+def test_it_goes_to_every_precision_and_engine(head, tmp_path):
+    encoder, _, model, path = head
+    given = feeds(encoder, 7)[1]
+    tensors = sorted({tensor for layer in layers_of(model) for tensor in layer.activations})
+    found = histograms(model, tensors, [feeds(encoder, 4, seed)[1] for seed in range(3)], tmp_path)
+    thresholds = {name: one.threshold(100) for name, one in found.items()}
+    single = embedded(path, given)
+    for name, changed in (("half", to_half(model)), ("int8", to_int8(model, thresholds))):
+        onnx.save(changed, tmp_path / f"{name}.onnx")
+        assert (single * embedded(tmp_path / f"{name}.onnx", given)).sum(axis=1).min() > 0.99
+        if importlib.util.find_spec("tensorrt_rtx") is not None:
+            inputs = specs(changed.graph.input)
+            record = build_engine(
+                tmp_path / f"{name}.onnx", tmp_path / "e", flavour="tensorrt-rtx", inputs=inputs,
+                profiles=[profile_from_text("1:4:16", inputs)],
+            )  # fmt: skip
+            assert record.strongly_typed
+
+
+def test_a_network_without_a_trunk_has_no_head_to_cut_off():
+    with pytest.raises(DualmatchError, match="has no trunk to leave out"):
+        ImageHead(image_encoder(image_config("files", "k1")))

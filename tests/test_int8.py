@@ -1,0 +1,371 @@
+"""int8 graphs: what is quantised and how, real integer kernels, independence of the batch, ranges, sensitivity, the search, engines."""
+
+import collections
+import importlib.util
+import json
+import shutil
+from functools import cache
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from dualmatch.export.engine import build_engine
+from dualmatch.export.engine_profiles import AxisRange, profile_from_text
+from dualmatch.export.graph import specs
+from dualmatch.export.int8 import layers_of, quantised_weight, to_int8, unsigned_tensors
+from dualmatch.export.int8_ranges import Histogram, histograms
+from dualmatch.export.int8_search import quantise
+from dualmatch.export.int8_sensitivity import cosines, sensitivities
+from dualmatch.runtime import load_bundle
+from dualmatch.runtime.backends import open_session
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.parity import Decision
+
+from .demo_fixture import dualmatch, write_captions_folder
+from .tiny_models import EXPORTED
+
+rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt_rtx is not installed, so no int8 graph was built as an engine: pip install 'dualmatch[tensorrt-rtx]'",
+)
+# A GRU over word embeddings alone has no product to quantise.
+QUANTISED = [name for name in EXPORTED if name != "text-gru-mean"]
+SOME = ["image-both-k2", "image-lite0-k1", "image-files-k2", "text-bert-masked", "text-gru-masked"]
+
+
+@pytest.fixture(scope="module")
+def int8_of(exported, tmp_path_factory):
+    """`int8_of(name)`: the exported graph, thresholds from random inputs, and the int8 model with its file."""
+    folder = tmp_path_factory.mktemp("int8")
+
+    @cache
+    def make(name):
+        graph = exported(name)
+        tensors = sorted({one for layer in layers_of(graph.model) for one in layer.activations})
+        found = histograms(graph.model, tensors, [graph.feeds(4, 17, seed=seed) for seed in range(4)], folder)
+        thresholds = {tensor: one.threshold(100) for tensor, one in found.items()}
+        model = to_int8(graph.model, thresholds)
+        path = folder / f"{name}.onnx"
+        onnx.save(model, path)
+        return graph, thresholds, model, path
+
+    return make
+
+
+def run(path, feeds):
+    with open_session(path) as session:
+        (result,) = session.run(feeds).values()
+    return result
+
+
+def optimised(path, tmp_path):
+    """Operators of the graph that onnxruntime's CPU provider really runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return collections.Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_every_product_with_weights_has_symmetric_int8_operands(name, int8_of):
+    graph, _, model, _ = int8_of(name)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    maker = {output: node for node in model.graph.node for output in node.output}
+    original = {node.name: node for node in graph.model.graph.node}
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
+    counted = 0
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert constants[node.input[2]] in ((0, 128) if constants[node.input[2]].dtype == np.uint8 else (0,))
+            assert constants[node.input[1]] > 0
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or original[node.name].input[1] not in weights:
+            continue
+        operands = [maker[node.input[0]], maker[node.input[1]]]
+        assert [one.op_type for one in operands] == ["DequantizeLinear"] * 2
+        codes, scales, zeros = (constants[one] for one in operands[1].input)
+        axis = next(a.i for a in operands[1].attribute if a.name == "axis")
+        values = weights[original[node.name].input[1]]
+        assert codes.dtype == zeros.dtype == np.int8
+        assert not zeros.any()
+        assert len(scales) == values.shape[axis]
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+        assert np.abs(codes * scales.reshape(shape) - values).max() <= scales.max() / 2 * 1.001
+        assert (np.abs(codes).max(axis=tuple(i for i in range(values.ndim) if i != axis)) >= 126).all()
+        counted += 1
+    assert counted == sum(layer.weight is not None for layer in layers_of(graph.model)) > 0
+    assert specs(model.graph.input) == specs(graph.model.graph.input)
+    assert specs(model.graph.output) == specs(graph.model.graph.output)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_int8_embeddings_point_where_the_float32_ones_do(name, int8_of):
+    graph, _, _, path = int8_of(name)
+    feeds = graph.feeds(7, 17, seed=2)
+    single, quantised = run(graph.path, feeds), run(path, feeds)
+    assert cosines(single, quantised).min() > (
+        0.9 if "lite0" in name else 0.99
+    )  # sixteen blocks of random convolutions
+    assert np.abs(single - quantised).max() > 1e-5
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_embedding_does_not_depend_on_its_neighbours(name, int8_of):
+    """What dynamic quantisation breaks: a loud neighbour would take the codes away from the others."""
+    graph, _, _, path = int8_of(name)
+    feeds = graph.feeds(7, 17, seed=2)
+    together = run(path, feeds)
+    loud = {
+        key: np.concatenate([value[:1], value[1:] * 50]) if value.dtype == np.float32 else value
+        for key, value in feeds.items()
+    }
+    for others in (feeds, loud):
+        alone = run(path, {key: value[:1] for key, value in others.items()})
+        np.testing.assert_allclose(run(path, others)[:1], alone, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(run(path, loud)[:1], together[:1], rtol=0, atol=2e-6)
+
+
+def test_onnxruntime_runs_integer_kernels(int8_of, tmp_path):
+    graph, _, _, path = int8_of("image-lite0-k1")
+    convolutions = sum(node.op_type == "Conv" for node in graph.model.graph.node)
+    found = optimised(path, tmp_path)
+    assert convolutions > 40
+    assert found["QLinearConv"] == convolutions
+    assert found["Conv"] == found["FusedConv"] == 0
+    assert found["QLinearAdd"] > 0
+    products = sum(layer.operator == "MatMul" for layer in layers_of(graph.model))
+    assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] >= products > 0
+
+
+@pytest.mark.parametrize("name", ["text-bert-masked", "text-gru-masked"])
+def test_onnxruntime_multiplies_words_in_integers(name, int8_of, tmp_path):
+    graph, _, _, path = int8_of(name)
+    products = sum(layer.operator == "MatMul" for layer in layers_of(graph.model))
+    found = optimised(path, tmp_path)
+    assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] == products > 0
+
+
+def test_an_engines_graph_has_int8_codes_only(int8_of):
+    graph, thresholds, model, _ = int8_of("image-lite0-k1")
+    engine = to_int8(graph.model, thresholds, for_engine=True)
+
+    def zero_points(one):
+        return {t.data_type for t in one.graph.initializer if t.name.endswith(".zero")}
+
+    assert unsigned_tensors(graph.model)
+    assert zero_points(model) == {TensorProto.UINT8, TensorProto.INT8}
+    assert zero_points(engine) == {TensorProto.INT8}
+
+
+@rtx
+@pytest.mark.parametrize("name", QUANTISED)
+def test_every_int8_graph_builds_as_a_strongly_typed_engine(name, int8_of, tmp_path):
+    graph, thresholds, _, _ = int8_of(name)
+    path = tmp_path / "engine.onnx"
+    onnx.save(to_int8(graph.model, thresholds, for_engine=True), path)
+    inputs = specs(graph.model.graph.input)
+    profile = profile_from_text("1:4:16", inputs, length=AxisRange(1, 12, 40) if graph.is_text else None)
+    record = build_engine(path, tmp_path / "e", flavour="tensorrt-rtx", inputs=inputs, profiles=[profile])
+    assert record.strongly_typed
+    assert record.bytes > 10_000
+
+
+@rtx
+def test_the_graph_for_onnxruntime_is_why_engines_need_their_own(int8_of, tmp_path):
+    graph, _, _, path = int8_of("image-both-k2")
+    inputs = specs(graph.model.graph.input)
+    with pytest.raises(DualmatchError):
+        build_engine(
+            path, tmp_path / "e", flavour="tensorrt-rtx", inputs=inputs, profiles=[profile_from_text("1:4:16", inputs)]
+        )
+
+
+def test_excluded_layers_stay_as_they_were(int8_of):
+    graph, thresholds, _, _ = int8_of("image-both-k2")
+    layers = layers_of(graph.model)
+    left_out = [layers[0].name, layers[-1].name]
+    model = to_int8(graph.model, thresholds, excluded=left_out)
+    original = {node.name: node for node in graph.model.graph.node}
+    for node in model.graph.node:
+        if node.name in left_out:
+            assert node.input == original[node.name].input
+    everything = to_int8(graph.model, thresholds, excluded=[layer.name for layer in layers])
+    assert [node.op_type for node in everything.graph.node] == [node.op_type for node in graph.model.graph.node]
+
+
+def test_a_weight_of_zeros_and_one_that_is_not_finite():
+    codes, scales = quantised_weight(np.zeros((3, 4), np.float32), 1)
+    assert not codes.any()
+    assert (scales > 0).all()
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
+    weight = numpy_helper.from_array(np.array([[1, np.nan], [0, 1]], np.float32), "the_bad_one")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "the_bad_one"], ["y"], name="n")], "g", [x], [y], [weight]
+    )
+    with pytest.raises(DualmatchError, match="weight 'the_bad_one' holds NaN"):
+        to_int8(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), {"x": 1.0})
+
+
+# Ranges.
+
+
+def test_a_histogram_does_not_care_how_its_values_arrive():
+    values = np.abs(np.random.default_rng(0).normal(size=20_000).astype(np.float32)) * np.repeat(
+        [1, 100], 10_000
+    ).astype(np.float32)
+    whole, parts, other_way = Histogram(), Histogram(), Histogram()
+    whole.add(values)
+    for part in np.split(values, 10):
+        parts.add(part)
+    for part in np.split(-values[::-1], 10):
+        other_way.add(part)
+    for percentile in (50, 99, 99.9, 100):
+        exact = np.quantile(values, percentile / 100)
+        for one in (whole, parts, other_way):
+            assert one.threshold(percentile) == pytest.approx(exact, rel=0.05, abs=2 * one.top / 4096)
+    assert whole.threshold(100) >= values.max() * 0.999
+
+
+def test_zeros_behind_a_relu_do_not_count():
+    histogram = Histogram()
+    histogram.add(np.concatenate([np.zeros(99_000), np.linspace(0, 10, 1000)]).astype(np.float32))
+    assert histogram.threshold(90) == pytest.approx(9, abs=0.1)
+    empty = Histogram()
+    empty.add(np.zeros(5, np.float32))
+    assert empty.threshold(99.9) == 0
+
+
+# Sensitivity and search.
+
+
+def test_the_layer_that_is_hurt_most_comes_first(int8_of, tmp_path):
+    graph, thresholds, _, _ = int8_of("image-both-k2")
+    victim = layers_of(graph.model)[5]
+    clipped = {**thresholds, victim.activations[0]: thresholds[victim.activations[0]] / 200}
+    order = sensitivities(graph.model, clipped, [graph.feeds(2, seed=seed) for seed in range(3)], tmp_path)
+    users = {layer.name for layer in layers_of(graph.model) if victim.activations[0] in layer.activations}
+    assert {one.layer for one in order[: len(users)]} == users
+    assert order[0].noise > 0.5 > order[len(users)].noise
+    assert len(order) == len(layers_of(graph.model))
+    assert list(tmp_path.iterdir()) == []
+
+
+def search(graph, tmp_path, verdicts, **options):
+    given = iter(verdicts)
+    calls = []
+
+    def decide(model):
+        calls.append(model)
+        return Decision(verdict=next(given), reason="as told")
+
+    feeds = [graph.feeds(1, 9, seed=seed) for seed in range(8)]
+    quiet = lambda what, done, total: None  # noqa: E731
+    found = quantise(graph.model, feeds, tmp_path, name="text", decide=decide, progress=quiet, **options)
+    return found, calls
+
+
+def test_layers_are_left_out_until_it_passes(exported, tmp_path):
+    graph = exported("text-bert-masked")
+    found, calls = search(graph, tmp_path, ["fail", "too few pairs", "fail", "pass"])
+    assert [trial["excluded"] for trial in found.facts["trials"]] == [0, 1, 2, 4]
+    noises = [one["noise"] for one in found.facts["excluded"]]
+    assert len(noises) == 4
+    assert noises == sorted(noises, reverse=True)
+    assert found.model is calls[-1]
+    assert found.engine_model is None
+    assert found.facts["cosine_by_percentile"][f"{found.facts['percentile']:g}"] == max(
+        found.facts["cosine_by_percentile"].values()
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_pairs_end_the_search_where_that_is_accepted(exported, tmp_path):
+    found, _ = search(exported("text-bert-masked"), tmp_path, ["too few pairs"], accepts=("pass", "too few pairs"))
+    assert found.facts["excluded"] == []
+
+
+def test_an_encoder_without_products_is_left_alone(exported, tmp_path):
+    found, calls = search(exported("text-gru-mean"), tmp_path, [])
+    assert found is None
+    assert calls == []
+
+
+def test_a_network_that_int8_cannot_carry_is_refused(exported, tmp_path):
+    with pytest.raises(
+        DualmatchError, match=r"with 6 of the text encoder's \d+ layers in float32, still as told; export with --fp16"
+    ):
+        search(exported("text-bert-masked"), tmp_path, ["fail"] * 20)
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def bundle(small_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8-bundle") / "bundle"
+    done = dualmatch("export", small_run.folder, "--out", out, "--int8", "--max-rsum-loss", "60")
+    assert done.code == 0, done.err
+    return out
+
+
+def test_a_bundle_says_how_it_was_quantised(bundle, small_run):
+    manifest = load_bundle(bundle).manifest
+    for name, entry in manifest.encoders.items():
+        assert entry.precision == "int8"
+        assert entry.quantisation["layers"] >= len(entry.quantisation["excluded"])
+        assert entry.quantisation["calibration"] == {"name": small_run.dataset.name, "splits": ["train", "val", "test"]}
+        assert entry.engine_graph == (f"{name}_encoder.engine.onnx" if name == "image" else "text_encoder.onnx")
+        assert entry.engine_graph in manifest.files
+        assert entry.opset == 20
+    assert manifest.parity["verdict"] == "pass"
+    card = (bundle / "README.md").read_text()
+    assert "int8" in card
+    assert f"{manifest.encoders['image'].quantisation['layers']} layers" in card
+
+
+def test_an_int8_bundle_verifies_and_encodes(bundle, small_run):
+    done = dualmatch("runtime", "verify", bundle, "--data", small_run.data)
+    assert done.code == 0, done.err
+    assert "PASS: " in done.out
+
+
+@rtx
+def test_an_int8_bundle_compiles(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    done = dualmatch("compile", copy, "--flavour", "tensorrt-rtx")
+    assert done.code == 0, done.err
+    assert len(load_bundle(copy).manifest.engines) == 2
+
+
+def refused(small_run, out, *options):
+    done = dualmatch("export", small_run.folder, "--out", out, *options)
+    assert done.code in (1, 2)
+    assert "Traceback" not in done.err
+    assert not out.exists()
+    return done.err.strip().splitlines()[-1]
+
+
+def test_what_is_refused(small_run, tmp_path):
+    out = tmp_path / "bundle"
+    assert "exclude each other" in refused(small_run, out, "--int8", "--fp16")
+    assert "--calibration is for --int8" in refused(small_run, out, "--fp16", "--calibration", small_run.data)
+    assert "there is no such folder" in refused(small_run, out, "--int8", "--calibration", tmp_path / "none")
+    few = write_captions_folder(tmp_path / "few", small_run.dataset.items[:5])
+    assert "at least 8, and data set 'small scenes' has 5" in refused(small_run, out, "--int8", "--calibration", few)
+    damaged = shutil.copytree(small_run.data, tmp_path / "damaged")
+    first = json.loads((damaged / "captions.json").read_text())["images"][0]["filename"]
+    (damaged / "images" / first).write_bytes(b"no photograph")
+    assert first in refused(small_run, out, "--int8", "--calibration", damaged)
+    assert list(tmp_path.glob(".bundle*")) == []
+
+
+def test_too_few_pairs_are_refused_unless_unverified(small_run, tmp_path):
+    assert "int8" in refused(small_run, tmp_path / "bundle", "--int8", "--max-rsum-loss", "0.01")
