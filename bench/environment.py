@@ -19,7 +19,7 @@ CPU_FLAGS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
 PACKAGES = (
-    *("dualmatch", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch"),
+    *("dualmatch", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "torch"),
     *("tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-bindings"),
 )
 THREAD_VARIABLES = (
@@ -30,6 +30,15 @@ THREAD_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
 )
 GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
+GPU_STATE_FIELDS = (
+    *("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate", "memory.used"),
+    *("utilization.gpu", "clocks_throttle_reasons.active"),
+)
+# NVML's bits, of which several may be set; 0 is a GPU at the clocks that were asked for.
+THROTTLE_REASONS = {
+    0x1: "idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
+    0x20: "software thermal", 0x40: "hardware thermal", 0x80: "hardware power brake", 0x100: "display clocks",
+}  # fmt: skip
 
 
 def _psutil() -> Any:
@@ -88,18 +97,65 @@ def cgroup_cpu_quota(
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def nvidia_gpus() -> list[dict[str, str]] | None:
-    """Name, memory (MiB), driver and compute capability of each NVIDIA GPU, or None where `nvidia-smi` finds none."""
+def _ask_nvidia_smi(fields: tuple[str, ...]) -> list[dict[str, str]] | None:
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    query = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
-    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows] or None
+    if any(len(row) != len(fields) for row in rows):
+        return None
+    return [dict(zip(fields, row, strict=True)) for row in rows] or None
+
+
+def nvidia_gpus() -> list[dict[str, str]] | None:
+    """Name, memory (MiB), driver and compute capability of each NVIDIA GPU, or None where `nvidia-smi` finds none."""
+    return _ask_nvidia_smi(GPU_FIELDS)
+
+
+def nvidia_state() -> list[dict[str, Any]] | None:
+    """Clocks (MHz), temperature, power (W), memory in use (MiB) and throttle reasons in words of each NVIDIA GPU, as of now."""
+    gpus = _ask_nvidia_smi(GPU_STATE_FIELDS)
+    if gpus is None:
+        return None
+    return [{**gpu, "throttle_reasons": throttle_reasons(gpu["clocks_throttle_reasons.active"])} for gpu in gpus]
+
+
+def throttle_reasons(bits: str) -> list[str] | None:
+    """NVML's reasons for lower clocks, from `0x0000000000000004`; None where the driver does not tell."""
+    try:
+        value = int(bits, 16)
+    except ValueError:
+        return None
+    return [reason for bit, reason in THROTTLE_REASONS.items() if value & bit]
+
+
+def cgroup_throttled_s(mounted: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Seconds for which the control group's quota has held this container's threads back so far; None where it does not tell."""
+    for file, unit in ((mounted / "cpu.stat", 1e-6), (mounted / "cpu" / "cpu.stat", 1e-9)):
+        if not file.is_file():
+            continue
+        for line in file.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(" ")
+            if name in ("throttled_usec", "throttled_time"):
+                return int(value) * unit
+    return None
+
+
+def changing_state() -> dict[str, Any]:
+    """What changes while a benchmark runs: taken before and after, it shows a machine that others used or that slowed down."""
+    psutil = _psutil()
+    frequency = psutil.cpu_freq()
+    return {
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+        "cpu_mhz": None if frequency is None else round(frequency.current),
+        "cgroup_throttled_s": cgroup_throttled_s(),
+        "gpus": nvidia_state(),
+    }
 
 
 def peak_memory_bytes() -> int:
@@ -145,8 +201,8 @@ def environment() -> dict[str, Any]:
             "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "cgroup_quota_cores": cgroup_cpu_quota(),
             "governor": governor.read_text(encoding="utf-8").strip() if governor.is_file() else None,
-            "load_average": [round(load, 2) for load in psutil.getloadavg()],
         },
+        "before": changing_state(),
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
         "gpus": nvidia_gpus(),
         "os": platform.platform(),

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import TypeVar
 
@@ -20,18 +21,26 @@ Clock = Callable[[], int]
 Nanoseconds = NDArray[np.int64]
 T = TypeVar("T")
 
-QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+QUANTILES = {
+    **{f"p{percent}": percent / 100 for percent in (1, 5, 10, 25, 50, 75, 90, 95, 99)},
+    "p99.9": 0.999,
+}
+TABLE_QUANTILES = {name: QUANTILES[name] for name in ("p50", "p90", "p99")}
+EARLY_STOPPING_ERROR = 0.01
 AGREEING_WINDOWS = 3
 WINDOWS_PER_BUDGET = 20
 
 
-def samples_needed(quantile: float, error: float = 0.01) -> int:
-    """Samples before `quantile` may be printed: 11 for p50, 64 for p90, 662 for p99.
+@cache
+def samples_needed(quantile: float, error: float = EARLY_STOPPING_ERROR) -> int:
+    """Samples before `quantile` may be printed: 11 for p50, 64 for p90, 662 for p99, 6636 for p99.9.
 
-    The smallest n for which, but for a chance of `error`, at least two of n independent samples lie above the true quantile:
-    then the figure does not hang on one lucky or unlucky sample. Source: MLPerf LoadGen's early-stopping floor.
+    The smallest n for which, but for a chance of `error`, at least two of n independent samples lie above the true quantile
+    q (below it where q < 1/2): q^n + n (1 - q) q^(n - 1) <= error. Then the figure does not hang on one lucky or unlucky
+    sample. Source: MLPerf LoadGen's early stopping, the least n = h + t with P(Binomial(n, 1 - q) <= t) <= error at t = 1.
     """
     assert 0 < quantile < 1
+    quantile = max(quantile, 1 - quantile)
     return next(n for n in count(2) if quantile**n + n * (1 - quantile) * quantile ** (n - 1) <= error)
 
 
@@ -79,6 +88,18 @@ class Samples:
         assert 0 <= low <= high < n, "samples_needed grants enough samples for both ends"
         value = int(np.quantile(ordered, quantile, method="inverted_cdf"))
         return Percentile(value=value, low=int(ordered[low]), high=int(ordered[high]))
+
+    def early_stopping(self, quantile: float, error: float = EARLY_STOPPING_ERROR) -> int | None:
+        """LoadGen's estimate: a sample that, but for a chance of `error`, is no less than the true percentile, in ns.
+
+        The t-th largest of n, for the largest t with P(Binomial(n, 1 - quantile) <= t) <= error; None before it is earned.
+        """
+        n = len(self)
+        if n < samples_needed(quantile, error):
+            return None
+        discarded = int(np.searchsorted(_binomial_cdf(n, 1 - quantile), error, side="right")) - 1
+        assert discarded >= 1, "samples_needed grants it"
+        return int(np.sort(self.raw)[n - discarded])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +163,15 @@ class Measurement:
         return Samples(np.concatenate(self.windows))
 
 
-def _agree(medians: Sequence[float], tolerance: float) -> bool:
-    return max(medians) - min(medians) <= tolerance * min(medians)
+def agree(medians: Sequence[float], tolerance: float) -> bool:
+    """Whether the largest exceeds the smallest by no more than `tolerance` of it."""
+    return bool(max(medians) - min(medians) <= tolerance * min(medians))
 
 
 def _settled(windows: Sequence[Nanoseconds], tolerance: float) -> bool:
     """Whether the last three windows have medians within the tolerance."""
     last = windows[-AGREEING_WINDOWS:]
-    return len(last) == AGREEING_WINDOWS and _agree([float(np.median(window)) for window in last], tolerance)
+    return len(last) == AGREEING_WINDOWS and agree([float(np.median(window)) for window in last], tolerance)
 
 
 def _stable(windows: Sequence[Nanoseconds], tolerance: float) -> bool:
@@ -157,10 +179,11 @@ def _stable(windows: Sequence[Nanoseconds], tolerance: float) -> bool:
     if not _settled(windows, tolerance):
         return False
     last = [float(np.median(window)) for window in windows[-AGREEING_WINDOWS:]]
-    return _agree([*last, float(np.median(np.concatenate(windows)))], tolerance)
+    return agree([*last, float(np.median(np.concatenate(windows)))], tolerance)
 
 
-def _run_window(workload: Callable[[], object], plan: Plan, clock: Clock) -> Nanoseconds:
+def run_window(workload: Callable[[], object], plan: Plan, clock: Clock = time.perf_counter_ns) -> Nanoseconds:
+    """Latencies of calls until the plan's window is over: a share of its budget, and at least `window_samples` of them."""
     latencies = array("q")
     opened = now = clock()
     while len(latencies) < plan.window_samples or now - opened < plan.window_ns:
@@ -184,18 +207,18 @@ def measure(
     def spent_s() -> float:
         return (clock() - started) / 1e9
 
-    warmup = [_run_window(workload, plan, clock)]
+    warmup = [run_window(workload, plan, clock)]
     while not _settled(warmup, plan.tolerance) and spent_s() < plan.warmup_share * plan.budget_s:
-        warmup.append(_run_window(workload, plan, clock))
+        warmup.append(run_window(workload, plan, clock))
 
-    windows = [_run_window(workload, plan, clock)]
+    windows = [run_window(workload, plan, clock)]
     while True:
         stable, num_samples = _stable(windows, plan.tolerance), sum(map(len, windows))
         if stable and num_samples >= plan.wanted_samples:
             break
         if len(windows) >= AGREEING_WINDOWS and spent_s() >= plan.budget_s:
             break
-        windows.append(_run_window(workload, plan, clock))
+        windows.append(run_window(workload, plan, clock))
     return Measurement(
         warmup=tuple(warmup), windows=tuple(windows), warmed_up=_settled(warmup, plan.tolerance), stable=stable
     )

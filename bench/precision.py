@@ -32,7 +32,6 @@ from .torch_baseline import TorchSession, torch_encoders
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MIB = 2**20
-DUALMATCH = "from dualmatch.cli.main import main; main()"
 
 
 @click.command()

@@ -1,27 +1,38 @@
 """`dualmatch bench latency`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .common import backend_options, existing, json_option, print_json
+from .bench_common import batch_sizes_of, finish, timing_options
+from .common import existing, progress_reports
 
 
 @click.command("latency")
 @click.argument("bundle", type=existing)
-@backend_options
-@click.option("--batch-sizes", default="1,8,32", show_default=True, help="Batch sizes, separated by commas.")
-@click.option("--length", type=click.IntRange(1, 4096), default=16, show_default=True, help="Tokens of every caption.")
 @click.option(
-    "--budget",
+    "--rate",
     type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
-    show_default=True,
-    help="Seconds for each encoder and batch size.",
+    metavar="R",
+    help="Open loop: R requests per second on a Poisson schedule, latency from the scheduled start.",
 )
-@click.option("--out", type=existing, metavar="FILE", help="Write the report as JSON.")
-@click.option("--samples", type=existing, metavar="FILE", help="Write every sample as JSON lines.")
-@json_option
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Requests in work at once, with --rate.",
+)
+@click.option(
+    "--data",
+    default="scenes",
+    show_default=True,
+    metavar="DATA",
+    help="Photographs and captions to time the stages on.",
+)
+@click.option("--no-stages", is_flag=True, help="Time the graphs only, not decoding, pre-processing and tokenising.")
+@timing_options
 def command(
     bundle: Path,
     backend: str,
@@ -29,29 +40,41 @@ def command(
     batch_sizes: str,
     length: int,
     budget: float,
-    out: Path | None,
-    samples: Path | None,
+    run: Path | None,
+    seed: int,
+    rate: float | None,
+    workers: int,
+    data: str,
     *,
-    as_json: bool,
+    no_stages: bool,
+    **files: Any,
 ) -> None:
-    """Latency of both encoders of BUNDLE: load, first run and steady state apart."""
+    """Latency of both encoders of BUNDLE: load, first run and steady state apart, each case in a fresh process.
+
+    Besides the usual backends: `null` (no graph: measures this benchmark), torch-eager and torch-compile (with --run); and
+    `+throttled` or `+stalling` behind any of them, a fault built in on purpose.
+    """
     from dualmatch.bench.bundle_latency import bench_latency
     from dualmatch.bench.measure import Plan
 
-    try:
-        batches = [int(part) for part in batch_sizes.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--batch-sizes takes whole numbers separated by commas, got {batch_sizes!r}.") from None
-    report = bench_latency(
-        bundle, backend=backend, threads=threads, batches=batches, length=length, plan=Plan(budget_s=budget)
-    )
-    if out is not None:
-        report.write(out, samples=samples)
-    if as_json:
-        print_json(report.to_json())
-        return
-    from rich.console import Console
-
-    Console().print(report.table())
-    if out is not None:
-        click.echo(f"{out}: report written")
+    batches = batch_sizes_of(batch_sizes)
+    if workers > 1 and rate is None:
+        raise click.UsageError(
+            "--workers belongs to the open loop: give --rate too, or see `bench throughput --streams`."
+        )
+    with progress_reports() as progress:
+        report = bench_latency(
+            bundle,
+            backend=backend,
+            threads=threads,
+            batches=batches,
+            length=length,
+            plan=Plan(budget_s=budget),
+            rate=rate,
+            workers=workers,
+            data=None if no_stages else data,
+            seed=seed,
+            run=run,
+            progress=progress,
+        )
+    finish(report, **files)

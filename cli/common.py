@@ -14,7 +14,12 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 existing = click.Path(path_type=Path)
-data_option = click.option("--data", required=True, metavar="DATA", help="A data set's folder, or `scenes`.")
+data_option = click.option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="A data set's folder (LAYOUT:PATH where several layouts fit), or `scenes`.",
+)
 split_option = click.option(
     "--split", default="test", show_default=True, help="Splits joined into one set, separated by commas."
 )
@@ -29,7 +34,9 @@ threads_option = click.option(
 )
 batch_size_option = click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 regions_option = click.option(
-    "--regions", type=existing, help="Region file, for networks that take precomputed regions."
+    "--regions",
+    type=existing,
+    help="Precomputed regions, for networks that take them: an .npz, SCAN's *_ims.npy, or VLP's files (FEATURES[,BOXES.h5]).",
 )
 gate_report_option = click.option(
     "--gate-report",
@@ -80,8 +87,9 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def region_file(path: Path | None) -> Any:
-    """The opened region file, or None."""
+def region_file(path: Path | None, dataset: Any = None) -> Any:
+    """The opened region file: `path`, else the regions that come with the data set, else None."""
+    path = path or (dataset.regions if dataset is not None else None)
     if path is None:
         return None
     from dualmatch.runtime.regions import RegionFile

@@ -68,7 +68,9 @@ def command(
             **options,
         )
     if (bundle / "manifest.sig").is_file():
-        click.echo(f"{bundle} was signed before; its signature is stale now: sign it again with `dualmatch sign`.", err=True)
+        click.echo(
+            f"{bundle} was signed before; its signature is stale now: sign it again with `dualmatch sign`.", err=True
+        )
     if as_json:
         print_json([record.to_json() for record in records])
         return

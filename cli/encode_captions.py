@@ -6,7 +6,7 @@ from typing import Literal
 import click
 
 from .common import backend_options, existing, json_option, progress_reports
-from .encoding import encoding_options, report_gallery, stoppable
+from .encoding import encoding_options, local_folder, report_gallery, stoppable
 
 
 @click.command("encode-captions")
@@ -19,7 +19,7 @@ from .encoding import encoding_options, report_gallery, stoppable
 def command(
     bundle: Path,
     captions: Path,
-    out: Path,
+    out: Path | str,
     backend: str,
     threads: int,
     batch_size: int,
@@ -45,7 +45,7 @@ def command(
         summary, provider = encode_caption_gallery(
             load_bundle(bundle),
             captions,
-            out,
+            local_folder(out),
             backend=backend,
             threads=threads,
             batch_size=batch_size,

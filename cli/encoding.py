@@ -26,10 +26,31 @@ def _row_range(_ctx: click.Context, _param: click.Parameter, value: str | None) 
     return int(first or 0), int(end) if end else None
 
 
+class GalleryPlace(click.Path):
+    """A path; as text where it is a URL for `--engine ray`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from dualmatch.runtime.galleries.urls import is_url, local_path
+
+        return str(value) if is_url(value) else super().convert(local_path(value), param, ctx)
+
+
+def local_folder(out: Path | str) -> Path:
+    """`out`, refused where it is a URL."""
+    if isinstance(out, str):
+        raise click.BadParameter(
+            f"{out} is no folder; `encode-gallery --engine ray` writes to object stores.", param_hint="--out"
+        )
+    return out
+
+
 def encoding_options(command: F) -> F:
     """`--out`, `--dtype`, `--rows`, `--rows-per-shard`, `--prepare-threads`, `--resume` and `--on-error`."""
     options = (
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="The gallery's folder."),
+        click.option("--out", required=True, type=GalleryPlace(), help="The gallery's folder."),
         click.option(
             "--dtype",
             type=click.Choice(["float16", "float32"]),
@@ -70,7 +91,7 @@ class _StopError(Exception):
 
 
 @contextmanager
-def stoppable(out: Path) -> Iterator[Callable[[], None]]:
+def stoppable(out: Path | str) -> Iterator[Callable[[], None]]:
     """SIGINT and SIGTERM end a run after the batch in hand, a second one at once; gives what to call after every batch.
 
     Raises:
@@ -101,25 +122,25 @@ def stoppable(out: Path) -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-def _kept(out: Path) -> str:
+def _kept(out: Path | str) -> str:
     from dualmatch.runtime.errors import DualmatchError
-    from dualmatch.runtime.galleries.journal import rows_kept
+    from dualmatch.runtime.galleries import journal
+    from dualmatch.runtime.ray_records import rows_kept
 
     try:
-        done, total = rows_kept(out)
-    except DualmatchError:
+        done, total = rows_kept(out) or journal.rows_kept(local_folder(out))
+    except (DualmatchError, click.BadParameter):
         return "nothing was finished, and nothing is kept"
     return f"{done} of {total} rows are kept in {out}; go on with the same command and --resume"
 
 
-def report_gallery(out: Path, summary: object, provider: str, *, as_json: bool) -> None:
+def report_gallery(out: Path | str, summary: object, provider: str, *, as_json: bool) -> None:
     """Print what was encoded, and the first sources that could not be."""
-    from dualmatch.runtime.galleries.gallery import Gallery
     from dualmatch.runtime.galleries.writer import Summary
+    from dualmatch.runtime.ray_records import finished_gallery
 
     assert isinstance(summary, Summary)
-    gallery = Gallery.open(out)
-    quarantine = gallery.quarantine
+    quarantine, dimension = finished_gallery(out)
     if as_json:
         print_json(
             {
@@ -135,9 +156,9 @@ def report_gallery(out: Path, summary: object, provider: str, *, as_json: bool) 
     for one in quarantine[:10]:
         click.echo(printable(f"quarantined: {one.id}: {one.reason}"))
     if len(quarantine) > 10:
-        click.echo(f"… and {len(quarantine) - 10} more in {out / 'quarantine.jsonl'}")
+        click.echo(f"… and {len(quarantine) - 10} more in {out}/quarantine.jsonl")
     resumed = f" ({summary.resumed_rows} of the rows by an earlier run)" if summary.resumed_rows else ""
     click.echo(
         f"{out}: {summary.count} of {summary.rows} encoded on {provider}{resumed}, "
-        f"{summary.quarantined} quarantined, dimension {gallery.dimension}"
+        f"{summary.quarantined} quarantined, dimension {dimension}"
     )

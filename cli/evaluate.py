@@ -72,17 +72,18 @@ def command(
 
     from .common import region_file, splits
 
+    dataset = open_dataset(data).select(splits(split))
     with progress_reports() as progress:
         recall = evaluate_bundles(
             [load_bundle(path) for path in (bundle, *ensemble)],
-            open_dataset(data).select(splits(split)),
+            dataset,
             protocol=protocol,
             rerank_k1=k1,
             rerank_t2i_k1=t2i_k1,
             backend=backend,
             threads=threads,
             batch_size=batch_size,
-            regions=region_file(regions),
+            regions=region_file(regions, dataset),
             progress=progress,
         )
     if as_json:

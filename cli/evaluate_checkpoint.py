@@ -51,12 +51,13 @@ def command(
 
     from .common import region_file, splits
 
+    dataset = open_dataset(data).select(splits(split))
     with progress_reports() as progress:
         recall = evaluate_run(
             run,
-            open_dataset(data).select(splits(split)),
+            dataset,
             batch_size=batch_size,
-            regions=region_file(regions),
+            regions=region_file(regions, dataset),
             rerank_k1=k1,
             save_embeddings=save_embeddings,
             progress=progress,

@@ -117,14 +117,15 @@ def command(
         opened = _opened(run, vocab, Path(scratch), data, one_sentence=one_sentence)
         opened = with_padding(opened, pad_policy=pad_policy, fixed_length=fixed_length)
         data = data or opened.data
+        dataset = open_dataset(data)
         try:
             result = export_run(
                 opened,
-                open_dataset(data),
+                dataset,
                 out,
                 precision=precision,
                 calibration=open_dataset(calibration) if calibration else None,
-                regions=regions_of(opened, region_file(regions)),
+                regions=regions_of(opened, region_file(regions, dataset)),
                 unverified=unverified,
                 tolerances=tolerances_for(opened, precision, max_rsum_loss=max_rsum_loss, min_cosine=min_cosine),
                 generated_data=data if data == "scenes" else None,

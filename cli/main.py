@@ -20,6 +20,8 @@ RUNTIME: Table = {
 }
 BENCH: Table = {
     "latency": ("bench_latency", "Latency of both encoders: load, first run and steady state apart."),
+    "throughput": ("bench_throughput", "Items per second of both encoders, all work at hand at once."),
+    "compare": ("bench_compare", "Backends and precisions against each other in one run: speed beside recall."),
     "training": ("bench_training", "Throughput of the training loop, and its wait for data."),
 }
 GALLERY: Table = {
@@ -31,7 +33,10 @@ GALLERY: Table = {
     "export": ("gallery_export", "Write a gallery for another program: Parquet, NumPy, faiss, Qdrant."),
     "index": ("gallery_index", "Build an approximate index for `search --ann`, and measure its recall."),
 }
-DATA: Table = {"pool-regions": ("data_pool_regions", "Pool region features for given boxes into a region file.")}
+DATA: Table = {
+    "check": ("data_check", "Read all of a data set before a long run: counts, duplicates, faults, leakage."),
+    "pool-regions": ("data_pool_regions", "Pool region features for given boxes into a region file."),
+}
 COMMANDS: Table = {
     "demo": ("demo", "The whole way on embedded data: train, export, encode, search, verify, bench."),
     "train": ("train", "Train a recipe on a data set."),

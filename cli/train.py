@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from .common import default_cache, existing, progress_reports
+from .common import default_cache, existing, json_option, print_json, progress_reports
 
 
 @click.command("train")
@@ -35,7 +35,13 @@ from .common import default_cache, existing, progress_reports
 @click.option(
     "--tensorboard/--no-tensorboard", default=True, show_default=True, help="Write RUN/tensorboard, beside curves.svg."
 )
-@click.option("--list", "list_recipes", is_flag=True, help="Show the recipes and stop.")
+@click.option(
+    "--list",
+    "list_recipes",
+    is_flag=True,
+    help="Show the recipes with the papers' numbers and stop; RECIPE, if given, is part of a name.",
+)
+@json_option
 def command(
     recipe: str | None,
     data: str | None,
@@ -48,17 +54,15 @@ def command(
     resume: bool,
     tensorboard: bool,
     list_recipes: bool,
+    as_json: bool,
 ) -> None:
     """Train RECIPE (a name from --list, or a TOML file) on a data set.
 
     Ctrl-C finishes the step and saves; --resume continues exactly there. On several GPUs or machines:
     torchrun --nproc-per-node N --no-python dualmatch train …
     """
-    from dualmatch.training.recipe import load_recipe, recipe_names
-
     if list_recipes:
-        for name in recipe_names():
-            click.echo(f"{name}\n    {load_recipe(name).description}")
+        _list(recipe or "", as_json=as_json)
         return
     for given, what in ((recipe, "RECIPE"), (data, "--data"), (out, "--out")):
         if given is None:
@@ -66,9 +70,12 @@ def command(
     assert recipe is not None
     assert data is not None
     assert out is not None
+    if as_json:
+        raise click.UsageError("--json goes with --list; a run's figures are in its log.jsonl.")
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.training.interrupt import TrainingStoppedError
     from dualmatch.training.loop import train
+    from dualmatch.training.recipe import load_recipe
     from dualmatch.training.watch import RunWatch
 
     chosen = load_recipe(recipe, overrides)
@@ -92,6 +99,18 @@ def command(
         raise SystemExit(130) from None
     if _is_main():
         click.echo(f"{out}: best epoch {best['epoch']}, validation Rsum {best['val_rsum']:.1f}")
+
+
+def _list(containing: str, *, as_json: bool) -> None:
+    from dualmatch.training.catalogue import catalogue, listing
+
+    entries = catalogue(containing)
+    if not entries:
+        raise click.UsageError(f"no recipe's name contains {containing!r}; --list alone shows them all.")
+    if as_json:
+        print_json(entries)
+    else:
+        click.echo(listing(entries))
 
 
 def _is_main() -> bool:

@@ -57,14 +57,15 @@ def command(
         check_report_path(gate_report)
     opened = load_bundle(bundle)
     data = data or read_reference(opened).data
+    dataset = open_dataset(data) if data else None
     with progress_reports() as progress:
         found = verify(
             opened,
-            open_dataset(data) if data else None,
+            dataset,
             backend=backend,
             threads=threads,
             batch_size=batch_size,
-            regions=region_file(regions),
+            regions=region_file(regions, dataset),
             progress=progress,
         )
     if as_json:

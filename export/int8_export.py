@@ -19,6 +19,7 @@ from dualmatch.training.encode import image_inputs
 from dualmatch.training.features import Progress
 
 from .int8_search import Quantised, quantise
+from .int8_sensitivity import cosines
 
 if TYPE_CHECKING:
     from .int8_ranges import Feeds
@@ -29,7 +30,7 @@ _BATCH = 16
 
 
 class Int8Export:
-    """Quantises the image encoder, then the text encoder, which is judged together with the image embeddings that were settled on.
+    """Quantises the image encoder, then the text encoder, which is judged beside the image graphs that were settled on.
 
     Args:
         calibration: real images with captions; up to `NUM_IMAGES` and `NUM_CAPTIONS` of them are used, evenly spaced.
@@ -39,7 +40,8 @@ class Int8Export:
         unverified: "too few pairs" is good enough.
 
     Raises:
-        DualmatchError: fewer than `LEAST_IMAGES` images to calibrate on, or one of them cannot be read.
+        DualmatchError: fewer than `LEAST_IMAGES` images to calibrate on, one of them cannot be read, or so few pairs that no graph
+            could pass.
     """
 
     def __init__(
@@ -62,10 +64,15 @@ class Int8Export:
             )
         self._run, self._dataset, self._regions = run, dataset, regions
         self._reference = (images, captions)
-        self._settled = images
-        self._last = images
+        self._settled = [images]
         self._tolerances, self._progress = tolerances, progress
         self._accepts: tuple[Verdict, ...] = ("pass", "too few pairs") if unverified else ("pass",)
+        owners = np.asarray(dataset.caption_image, dtype=np.int64)
+        unchanged = decide(compare(self._reference, self._reference, owners), tolerances)
+        if unchanged.verdict == "too few pairs" and not unverified:
+            raise DualmatchError(
+                f"int8 cannot be decided on these pairs even if nothing were lost: {unchanged.reason} (or --unverified)."
+            )
         self.data = {"name": calibration.name, "splits": list(calibration.splits)}
         self._feeds: dict[str, list[Feeds]] = {
             "image": [self._inputs([item]) for item in _spread(calibration.items, NUM_IMAGES)],
@@ -74,57 +81,74 @@ class Int8Export:
 
     def quantised(self, name: Literal["image", "text"], single: onnx.ModelProto, scratch: Path) -> Quantised | None:
         """One encoder's int8 graphs, or None where int8 has nothing to serve; the image encoder first."""
+        passed: list[NDArray[np.float32]] = []
+
+        def decide_on(model: onnx.ModelProto) -> Decision:
+            decision, embeddings = self._decide(name, model, scratch / "candidate.onnx")
+            if decision.verdict not in self._accepts:
+                passed.clear()
+            elif embeddings is not None:
+                passed.append(embeddings)
+            return decision
+
         result = quantise(
             single,
             self._feeds[name],
             scratch,
             name=name,
-            decide=lambda model: self._decide(name, model, scratch / "candidate.onnx"),
+            decide=decide_on,
             accepts=self._accepts,
             progress=self._progress,
         )
         if result is None:
             self._progress(f"the {name} encoder has no product with constant weights: it stays in float32", 0, 0)
             return None
-        self._settled = self._last
+        if name == "image":
+            self._settled = passed
         return replace(result, facts={**result.facts, "calibration": self.data})
 
-    def _decide(self, name: Literal["image", "text"], model: onnx.ModelProto, path: Path) -> Decision:
+    def _decide(
+        self, name: Literal["image", "text"], model: onnx.ModelProto, path: Path
+    ) -> tuple[Decision, NDArray[np.float32] | None]:
+        """The verdict on a graph, and its embeddings if all pairs were encoded for it."""
         onnx.save(model, path)
         try:
             with open_session(path) as session:
-                if name == "image":
-                    self._last = self._encode_images(session)
-                    after = (self._last, self._reference[1])
-                else:
-                    after = (self._settled, self._encode_captions(session))
+                encoded = self._encode(name, session)
         finally:
             path.unlink()
+        if isinstance(encoded, Decision):
+            return encoded, None
         owners = np.asarray(self._dataset.caption_image, dtype=np.int64)
-        return decide(compare(self._reference, after, owners), self._tolerances)
+        # The text encoder works beside each of the image encoder's graphs: the first that is not accepted decides.
+        others = [(encoded, self._reference[1])] if name == "image" else [(one, encoded) for one in self._settled]
+        for after in others:
+            decision = decide(compare(self._reference, after, owners), self._tolerances)
+            if decision.verdict not in self._accepts:
+                break
+        return decision, encoded
+
+    def _encode(self, name: Literal["image", "text"], session: Session) -> NDArray[np.float32] | Decision:
+        """Embeddings of all the gate's images or captions; a refusal as soon as one is below the cosine's floor."""
+        items, texts, floor = self._dataset.items, self._dataset.captions, self._tolerances.worst_cosine
+        wanted, what = (self._reference[0], "images") if name == "image" else (self._reference[1], "captions")
+        step = _BATCH if name == "image" else self._run.caption_batch
+        parts = []
+        for start in range(0, len(wanted), step):
+            rows = slice(start, start + step)
+            feeds = self._inputs(items[rows]) if name == "image" else {"token_ids": self._run.tokenizer(texts[rows])}
+            (part,) = session.run(feeds).values()
+            parts.append(part)
+            done = min(start + step, len(wanted))
+            self._progress(f"encoding {what} with int8", done, len(wanted))
+            worst = float(cosines(wanted[rows], part).min())
+            if not worst >= floor:
+                reason = f"the worst cosine of the first {done} of {len(wanted)} {what} is {worst:.6f}, below the floor of {floor}"
+                return Decision(verdict="fail", reason=reason)
+        return np.concatenate(parts)
 
     def _inputs(self, items: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         return image_inputs(self._run.model, self._run.preprocess, items, self._regions)
-
-    def _encode_images(self, session: Session) -> NDArray[np.float32]:
-        items, parts = self._dataset.items, []
-        for start in range(0, len(items), _BATCH):
-            parts.append(_only(session.run(self._inputs(items[start : start + _BATCH]))))
-            self._progress("encoding images with int8", min(start + _BATCH, len(items)), len(items))
-        return np.concatenate(parts)
-
-    def _encode_captions(self, session: Session) -> NDArray[np.float32]:
-        run, texts = self._run, self._dataset.captions
-        parts = []
-        for start in range(0, len(texts), run.caption_batch):
-            parts.append(_only(session.run({"token_ids": run.tokenizer(texts[start : start + run.caption_batch])})))
-            self._progress("encoding captions with int8", min(start + run.caption_batch, len(texts)), len(texts))
-        return np.concatenate(parts)
-
-
-def _only(outputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    (value,) = outputs.values()
-    return value
 
 
 def _spread(values: Sequence[Any], most: int) -> list[Any]:

@@ -20,7 +20,10 @@ Feeds = Mapping[str, NDArray[Any]]
 
 
 class Histogram:
-    """Magnitudes of one tensor in equal bins from 0; the range doubles, two bins becoming one, when a larger value comes."""
+    """Magnitudes of one tensor in equal bins from 0; the range doubles, two bins becoming one, when a larger value comes.
+
+    Exact zeros are not counted: behind a ReLU most values are, and they say nothing about the range.
+    """
 
     def __init__(self) -> None:
         self.counts = np.zeros(NUM_BINS, dtype=np.int64)
@@ -31,7 +34,6 @@ class Histogram:
         magnitudes = np.abs(values).ravel()
         largest = float(magnitudes.max(initial=0.0))
         if largest == 0:
-            self.counts[0] += magnitudes.size
             return
         if self.top == 0:
             self.top = largest
@@ -40,15 +42,13 @@ class Histogram:
             self.top *= 2
         bins = np.minimum((magnitudes * np.float32(NUM_BINS / self.top)).astype(np.int32), NUM_BINS - 1)
         self.counts += np.bincount(bins, minlength=NUM_BINS)
+        self.counts[0] -= magnitudes.size - np.count_nonzero(magnitudes)
 
     def threshold(self, percentile: float) -> float:
         """The magnitude under which `percentile` percent of the values other than zero lie; 100 keeps the largest bin."""
-        # Behind a ReLU most values are exactly zero and say nothing about the range.
-        counts = self.counts.copy()
-        counts[0] = 0
-        if not counts.any():
+        if not self.counts.any():
             return self.top
-        reached = np.cumsum(counts) / counts.sum()
+        reached = np.cumsum(self.counts) / self.counts.sum()
         last = int(np.searchsorted(reached, percentile / 100 - 1e-12))
         return self.top * min(last + 1, NUM_BINS) / NUM_BINS
 

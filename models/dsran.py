@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dualmatch.runtime.errors import DualmatchError
 
-from .config import DsranConfig, RegionConfig
+from .config import MAX_POOLED, DsranConfig, RegionConfig
+from .generalised_pooling import GeneralisedPooling
 from .graph_attention import GatedFusion, GraphAttention
 from .pooling import (
     box_geometry,
@@ -34,6 +35,12 @@ def _graph(config: DsranConfig) -> GraphAttention:
         residual_dropout=config.residual_dropout,
         zero_residual=config.zero_residual,
     )
+
+
+def _kept(batch: int, count: int, share: float, device: torch.device) -> Tensor:
+    """Which of an image's nodes stay (B, N), drawn anew; all of them where chance would have left none."""
+    kept_BN = torch.rand(batch, count, device=device) >= share
+    return kept_BN | ~kept_BN.any(dim=1, keepdim=True)
 
 
 class ChannelDropout(nn.Module):
@@ -86,6 +93,7 @@ class GridNodes(nn.Module):
             )
         weights = box_pooling_weights(grid_boxes(pooled_size), size, size) if pooled_size not in (0, size) else None
         self.register_buffer("pooling_weights", weights, persistent=False)
+        self.count = (pooled_size or size) ** 2
         self.project = Projection(
             config.trunk.feature_dim or CHANNELS[config.trunk.name]["final"], config, dropout=config.input_dropout
         )
@@ -107,7 +115,7 @@ class PyramidRegions(nn.Module):
         super().__init__()
         boxes = pyramid_boxes(config.regions.levels)
         size = map_size(config.trunk, config.regions.stage)
-        self.stage = config.regions.stage
+        self.stage, self.count = config.regions.stage, len(boxes)
         self.register_buffer("pooling_weights", box_pooling_weights(boxes, size, size), persistent=False)
         self.register_buffer("geometry", box_geometry(boxes), persistent=False)
         self.project = Projection(CHANNELS[config.trunk.name][self.stage], config, dropout=config.input_dropout)
@@ -125,6 +133,7 @@ class PrecomputedRegions(nn.Module):
     def __init__(self, config: DsranConfig) -> None:
         super().__init__()
         regions: RegionConfig = config.regions
+        self.count = regions.num_regions
         self.hidden = (
             nn.Sequential(nn.Linear(regions.feature_dim, regions.feature_dim), nn.ReLU())
             if regions.hidden_layer
@@ -160,6 +169,10 @@ class ImageEncoder(nn.Module):
         self.fusions = nn.ModuleList(
             GatedFusion(config.embed_dim) for _ in range({0: int(meets), 1: 0, 2: 1, 4: 3}[joint_graphs])
         )
+        self.poolings = nn.ModuleList()
+        if config.image_pooling == "gpo":
+            counts = [path.count for path in (self.grid, self.regions) if path is not None]
+            self.poolings.extend(GeneralisedPooling(n) for n in _pooled(counts, joint_graphs))
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -200,21 +213,35 @@ class ImageEncoder(nn.Module):
     ) -> Tensor:
         """Embeddings (B, D) from the trunk's maps (B, C, H, W) by stage."""
         paths: list[Tensor] = []
+        masks: list[Tensor | None] = []
         if self.grid is not None:
             nodes_BND = self.grid(maps["final"])
-            paths.append(nodes_BND if self.grid_graph is None else self.grid_graph(nodes_BND))
+            masks.append(self._drawn_mask(nodes_BND))
+            paths.append(nodes_BND if self.grid_graph is None else self.grid_graph(nodes_BND, masks[-1]))
         if self.regions is not None:
             if isinstance(self.regions, PyramidRegions):
                 nodes_BND = self.regions(maps[self.regions.stage])
             else:
                 nodes_BND = self.regions(regions, region_positions)
-            paths.append(nodes_BND if self.region_graph is None else self.region_graph(nodes_BND))
+            masks.append(self._drawn_mask(nodes_BND))
+            paths.append(nodes_BND if self.region_graph is None else self.region_graph(nodes_BND, masks[-1]))
         if self.joint_graphs:
             joined_BND = torch.cat(paths, dim=1)  # grid first, as the authors do
-            vectors = [mean_over_nodes(graph(joined_BND), None) for graph in self.joint_graphs]
-        else:
-            vectors = [mean_over_nodes(nodes_BND, None) for nodes_BND in paths]
+            drawn = [mask for mask in masks if mask is not None]
+            masks = [torch.cat(drawn, dim=1) if drawn else None] * len(self.joint_graphs)
+            paths = [graph(joined_BND, masks[0]) for graph in self.joint_graphs]
+        vectors = [
+            self.poolings[index](nodes_BND, mask_BN) if self.poolings else mean_over_nodes(nodes_BND, mask_BN)
+            for index, (nodes_BND, mask_BN) in enumerate(zip(paths, masks, strict=True))
+        ]
         return l2_normalise(self._fuse(vectors), self.config.l2_epsilon)
+
+    def _drawn_mask(self, nodes_BND: Tensor) -> Tensor | None:
+        """The nodes that stay in this step of training; None where none is dropped."""
+        if not self.training or self.config.drop_nodes == 0:
+            return None
+        batch, count, _ = nodes_BND.shape
+        return _kept(batch, count, self.config.drop_nodes, nodes_BND.device)
 
     def _fuse(self, vectors: list[Tensor]) -> Tensor:
         """Fig. 4: F(v1, v2) for two vectors, F3(F1(v1, v2), F2(v3, v4)) for four."""
@@ -231,6 +258,18 @@ class ImageEncoder(nn.Module):
         if self.trunk is not None and self.config.trunk.frozen:
             self.trunk.eval()
         return self
+
+
+def _pooled(counts: list[int], joint_graphs: int) -> list[int]:
+    """How many nodes each vector is pooled from.
+
+    Raises:
+        DualmatchError: more than generalised pooling has coefficients for.
+    """
+    pooled = [sum(counts)] * joint_graphs or counts
+    if max(pooled) > MAX_POOLED:
+        raise DualmatchError(f'image_pooling = "gpo" pools at most {MAX_POOLED} nodes, the network has {max(pooled)}.')
+    return pooled
 
 
 class TextEncoder(nn.Module):
@@ -250,14 +289,34 @@ class TextEncoder(nn.Module):
             else Projection(self.words.width, config, dropout=config.token_dropout)
         )
         self.caption_graph = _graph(config) if config.caption_relations else None
+        self.pooling = GeneralisedPooling(config.text.max_length) if config.text.pooling == "gpo" else None
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Embeddings (B, D), of unit norm, from ids (B, T) padded with 0 at the end."""
         mask_BT = token_ids != PAD_ID
-        return self.embed(self.words(token_ids, mask_BT), mask_BT)
+        if self.training and self.config.drop_words:
+            order_BT, mask_BT = self._fewer_words(mask_BT)
+            token_ids = token_ids.gather(1, order_BT).masked_fill(~mask_BT, PAD_ID)
+        return self._summarise(self.words(token_ids, mask_BT), mask_BT)
 
     def embed(self, words_BTW: Tensor, mask_BT: Tensor) -> Tensor:
         """Embeddings (B, D) from word features (B, T, W)."""
+        if self.training and self.config.drop_words:
+            order_BT, mask_BT = self._fewer_words(mask_BT)
+            words_BTW = words_BTW.gather(1, order_BT[:, :, None].expand_as(words_BTW))
+        return self._summarise(words_BTW, mask_BT)
+
+    def _fewer_words(self, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The words that stay in this step of training, moved to the front: (order (B, T), mask (B, T))."""
+        place_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+        is_special_BT = (place_T == 0) | (place_T == mask_BT.sum(dim=1, keepdim=True) - 1)
+        kept_BT = mask_BT & (
+            is_special_BT | (torch.rand(mask_BT.shape, device=mask_BT.device) >= self.config.drop_words)
+        )
+        order_BT = (~kept_BT).to(torch.int8).argsort(dim=1, stable=True)
+        return order_BT, kept_BT.gather(1, order_BT)
+
+    def _summarise(self, words_BTW: Tensor, mask_BT: Tensor) -> Tensor:
         nodes_BTD = self.project(words_BTW)
         if self.config.text.normalise_tokens:
             nodes_BTD = l2_normalise(nodes_BTD, 1e-12)  # padding is a zero vector and stays one
@@ -265,7 +324,9 @@ class TextEncoder(nn.Module):
         mask = mask_BT if self.config.pad_policy == "masked" else None
         if self.caption_graph is not None:
             nodes_BTD = self.caption_graph(nodes_BTD, mask)
-        if self.config.text.pooling == "last":
+        if self.pooling is not None:
+            vectors_BD = self.pooling(nodes_BTD, mask_BT)
+        elif self.config.text.pooling == "last":
             vectors_BD = last_node(nodes_BTD, mask_BT)
         else:
             vectors_BD = mean_over_nodes(nodes_BTD, mask)

@@ -13,14 +13,15 @@ MASKED_SCORE = -30000.0
 
 
 class NodeNorm(nn.Module):
-    """BatchNorm or LayerNorm over node vectors; BatchNorm's statistics skip masked nodes."""
+    """BatchNorm or LayerNorm over node vectors, or nothing; BatchNorm's statistics skip masked nodes."""
 
-    def __init__(self, dim: int, kind: Literal["batch", "layer"]) -> None:
+    def __init__(self, dim: int, kind: Literal["batch", "layer", "none"]) -> None:
         super().__init__()
-        self.norm: nn.Module = nn.BatchNorm1d(dim) if kind == "batch" else nn.LayerNorm(dim)
+        kinds = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+        self.norm: nn.Module = kinds[kind](dim) if kind in kinds else nn.Identity()
 
     def forward(self, nodes_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-        if isinstance(self.norm, nn.LayerNorm):
+        if not isinstance(self.norm, nn.BatchNorm1d):
             return self.norm(nodes_BND)
         if self.training and mask_BN is not None:
             normalised_BND = torch.zeros_like(nodes_BND)
@@ -38,7 +39,7 @@ class GraphAttention(nn.Module):
     Args:
         dim: D, width of a node.
         num_heads: H; D must be a multiple of it.
-        norm: `batch` (paper and code) or `layer`.
+        norm: `batch` (paper and code), `layer` or `none`.
         zero_residual: both residual branches start at zero, so that the layer starts as its norms alone.
     """
 
@@ -47,7 +48,7 @@ class GraphAttention(nn.Module):
         dim: int,
         *,
         num_heads: int = 8,
-        norm: Literal["batch", "layer"] = "batch",
+        norm: Literal["batch", "layer", "none"] = "batch",
         attention_dropout: float = 0.2,
         residual_dropout: float = 0.2,
         zero_residual: bool = False,

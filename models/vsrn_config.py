@@ -102,3 +102,5 @@ class VsrnConfig:
             raise DualmatchError(
                 f'VSRN reads captions with a gru; set text.encoder = "gru", not {self.text.encoder!r}.'
             )
+        if self.text.pooling == "gpo":
+            raise DualmatchError('VSRN reads a caption by its last state; text.pooling = "gpo" is for DSRAN.')

@@ -141,7 +141,8 @@ class ImageEncoder(_Encoder):
 
     def _prepare_item(self, item: ImageItem) -> dict[str, Array]:
         try:
-            return self.prepare(item.read_bytes(), item.id)
+            # A data set of region features has no photographs; networks without a trunk need none.
+            return self.prepare(item.read_bytes() if "pixels" in self._names else b"", item.id)
         except DualmatchError as error:
             raise DualmatchError(f"image {item.id!r} of the data set: {error}") from None
 

@@ -59,9 +59,7 @@ class CocoRegions:
 
     def positions(self, image_id: str) -> NDArray[np.float32]:
         """Position features of one image, (regions, 6 + classes) float32: see `position_features`."""
-        return position_features(
-            _read_boxes(self.boxes, image_id), _read_h5(self._file("cls", image_id), image_id)
-        )
+        return position_features(_read_boxes(self.boxes, image_id), _read_h5(self._file("cls", image_id), image_id))
 
     def missing(self, image_ids: Sequence[str]) -> list[str]:
         """Those without features; each file is opened once."""
@@ -90,13 +88,15 @@ class FlickrRegions:
         boxes: the box file, where the network embeds positions. Without it the class probabilities are not needed either.
 
     Raises:
-        DualmatchError: no such folder.
+        DualmatchError: no such folder, or h5py is not installed and there is a box file.
     """
 
     def __init__(self, folder: Path, boxes: Path | None = None) -> None:
         self.folder, self.boxes = folder, boxes
         if not folder.is_dir():
             raise DualmatchError(f"there is no folder {folder} with region features.")
+        if boxes is not None:
+            _h5py()
 
     @cached_property
     def feature_shape(self) -> tuple[int, int]:
@@ -246,6 +246,6 @@ def _h5py() -> Any:
         import h5py
     except ImportError:
         raise DualmatchError(
-            "the authors' region files for COCO need h5py, which is not installed: pip install 'dualmatch[authors]'."
+            "VLP's HDF5 files (features of COCO, boxes of both) need h5py, which is not installed: pip install 'dualmatch[authors]'."
         ) from None
     return h5py

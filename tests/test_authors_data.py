@@ -187,6 +187,9 @@ def test_without_h5py_the_extra_is_named(vlp, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(DualmatchError, match=r"dualmatch\[authors\]"):
         CocoRegions(vlp / "dets")
+    with pytest.raises(DualmatchError, match=r"dualmatch\[authors\]"):
+        FlickrRegions(vlp, vlp / "boxes.h5")
+    assert FlickrRegions(vlp).features("1000092795.jpg").shape == (5, 8)
 
 
 # Region files of SCAN.
@@ -238,7 +241,7 @@ def test_bad_caption_files_are_refused(tmp_path, text, message):
 def test_bad_or_missing_scan_images_are_refused(tmp_path):
     write_scan(tmp_path, "test", 2, 2)
     (tmp_path / "test_caps.txt").rename(tmp_path / "dev_caps.txt")
-    with pytest.raises(DualmatchError, match=r"no region file .*dev_ims\.npy for split 'dev'"):
+    with pytest.raises(DualmatchError, match=r"no region file .*dev_ims\.npy; nothing is made up"):
         ScanSplit(tmp_path, "dev")
     with pytest.raises(DualmatchError, match=r"no caption file .*test_caps\.txt"):
         ScanSplit(tmp_path, "test")

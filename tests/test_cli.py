@@ -191,8 +191,7 @@ def test_compile(small_bundle, tmp_path):
     assert after.hash == before.hash
     assert list(after.manifest.engines) == records
     assert everything_in(bundle / "engines") == {
-        "image_encoder.tensorrt-rtx.engine",
-        "text_encoder.tensorrt-rtx.engine",
+        f"{n}_encoder.tensorrt-rtx.{kind}" for n in ("image", "text") for kind in ("engine", "reproduce.py")
     }
     done("compile", bundle, *options)
     assert len(load_bundle(bundle).manifest.engines) == 2
@@ -431,7 +430,7 @@ def test_an_empty_search(text, small_bundle, photos, place):
 
 PATHS = [
     ("runtime encode-gallery {none} {photos} --out {out}", "there is no bundle"),
-    ("runtime encode-gallery {bundle} {none} --out {out}", "no folder or list file"),
+    ("runtime encode-gallery {bundle} {none} --out {out}", "there is no folder, list, archive"),
     ("runtime encode-gallery {bundle} {photos} --out {out} --regions {none}", "there is no region file"),
     ("runtime encode-captions {none} {captions} --out {out}", "there is no bundle"),
     ("runtime encode-captions {bundle} {none} --out {out}", "there is no file"),
@@ -491,7 +490,6 @@ def test_a_path_to_nowhere(line, message, small_bundle, small_run, small_gallery
     "line",
     [
         "runtime search {gallery}",
-        "runtime search {gallery} --text a --image b.jpg",
         "runtime evaluate {bundle}",
         "runtime evaluate {bundle} --data {data} --protocol thirds",
         "runtime rerank sims.npy",

@@ -6,6 +6,7 @@ from PIL import Image
 
 from dualmatch.runtime.datasets import Dataset, open_dataset
 from dualmatch.runtime.datasets.captions import read_captions_folder
+from dualmatch.runtime.datasets.entries import Faults
 from dualmatch.runtime.errors import DualmatchError
 
 ENTRIES = [
@@ -67,7 +68,7 @@ def test_a_missing_folder_is_named_with_what_can_be_given(tmp_path):
     assert "captions.json" in message
     assert "scenes" in message
     with pytest.raises(DualmatchError, match="no such folder"):
-        read_captions_folder(tmp_path / "nowhere")
+        read_captions_folder(tmp_path / "nowhere", Faults())
     assert "cannot be opened" in refusal(tmp_path / ("x" * 5000))
 
 
@@ -85,7 +86,7 @@ def test_no_captions_file_is_named(tmp_path):
     (tmp_path / "images").mkdir()
     assert "found images/," in refusal(tmp_path)
     with pytest.raises(DualmatchError, match=r"there is no file .*captions\.json"):
-        read_captions_folder(tmp_path)
+        read_captions_folder(tmp_path, Faults())
 
 
 def test_no_images_folder_is_named(tmp_path):

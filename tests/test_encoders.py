@@ -163,7 +163,8 @@ def test_a_graph_with_other_inputs_than_promised(kind, bundle):
 def test_a_closed_encoder_does_not_run(bundle):
     encoder = TextEncoder(bundle)
     encoder.close()
-    with pytest.raises(AttributeError):
+    encoder.close()
+    with pytest.raises(RuntimeError, match="session is closed"):
         encoder.encode(["a dog"])
 
 

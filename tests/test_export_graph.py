@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import nn
 
-from dualmatch.export.graph import _check_axes, export_encoder, largest_difference, specs
+from dualmatch.export.graph import export_encoder, specs
 from dualmatch.runtime.backends import TensorSpec, open_session
 from dualmatch.runtime.errors import DualmatchError
 
+from .agreement import largest_difference
 from .tiny_models import EXPORTED, captions, text_encoder
 
 MASKED_TEXTS = [name for name in EXPORTED if name.startswith("text") and "authors" not in name]
@@ -37,7 +36,6 @@ def test_onnx_gives_torchs_embeddings_on_every_shape(name, exported):
             assert np.isfinite(wanted).all()
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5, equal_nan=False)
             np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
-    assert largest_difference(graph.encoder, graph.path, graph.shapes()) < 1e-5
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -83,67 +81,18 @@ def test_a_gru_exports_as_one_operator_and_leaves_the_encoder_as_it_was(exported
     assert type(graph.encoder.words.gru) is nn.GRU
 
 
-class FrozenBatch(nn.Module):
+class Branching(nn.Module):
     def forward(self, pixels):
-        return pixels.reshape(2, -1)
+        return pixels if pixels.sum() > 0 else -pixels
 
 
-class Scaled(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, pixels):
-        return pixels * self.factor
-
-
-def test_a_frozen_batch_is_refused(tmp_path):
-    with pytest.raises(DualmatchError, match=r"cannot export .*|froze axis 0"):
-        export_encoder(FrozenBatch(), {"pixels": torch.rand(2, 4)}, tmp_path / "frozen.onnx", output="embedding")
+def test_what_torch_cannot_trace_is_refused(tmp_path):
+    with pytest.raises(DualmatchError, match="torch cannot export the encoder to ONNX: "):
+        export_encoder(Branching(), {"pixels": torch.rand(2, 4)}, tmp_path / "graph.onnx", output="embedding")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("frozen", "axis"), [("token_ids", 0), ("token_ids", 1), ("embedding", 0)])
-def test_a_frozen_axis_of_a_graph_is_named(frozen, axis):
-    shapes = {"token_ids": ["batch", "length"], "embedding": ["batch", 4]}
-    shapes[frozen][axis] = 3
-    ids = helper.make_tensor_value_info("token_ids", TensorProto.INT64, shapes["token_ids"])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, shapes["embedding"])
-    model = helper.make_model(helper.make_graph([], "graph", [ids], [embedding]))
-    with pytest.raises(DualmatchError, match=rf"froze axis {axis} of '{frozen}' at 3"):
-        _check_axes(model, {"token_ids": {0: "batch", 1: "length"}}, "embedding")
 
 
 def test_a_graph_of_another_encoder_differs(exported):
     graph = exported("text-gru-masked")
     other = text_encoder(EXPORTED["text-gru-authors"])
     assert largest_difference(other, graph.path, [graph.feeds(7, 17)]) > 1e-3
-
-
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_nan_and_infinity_are_no_agreement(factor, tmp_path):
-    path = tmp_path / "plain.onnx"
-    export_encoder(Scaled(2.0), {"pixels": torch.rand(2, 4)}, path, output="embedding")
-    feeds = [{"pixels": np.ones((3, 4), np.float32)}]
-    assert largest_difference(Scaled(2.0), path, feeds) == 0
-    with pytest.raises(DualmatchError, match=r"torch gives NaN or infinity for inputs \{'pixels': \[3, 4\]\}"):
-        largest_difference(Scaled(factor), path, feeds)
-
-
-def test_another_shape_and_a_graph_that_does_not_run_are_told(tmp_path):
-    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 4])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", "width"])
-
-    def graph_with(shape):
-        node = helper.make_node("Reshape", ["pixels", "shape"], ["embedding"])
-        constant = onnx.numpy_helper.from_array(np.array(shape), "shape")
-        graph = helper.make_graph([node], "graph", [pixels], [embedding], [constant])
-        path = tmp_path / "reshape.onnx"
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-        return path
-
-    feeds = [{"pixels": np.ones((3, 4), np.float32)}]
-    with pytest.raises(DualmatchError, match=r"gives \[6, 2\] .* torch gives \[3, 4\]"):
-        largest_difference(Scaled(1.0), graph_with([-1, 2]), feeds)
-    with pytest.raises(DualmatchError, match=r"reshape\.onnx does not run on inputs \{'pixels': \[3, 4\]\}"):
-        largest_difference(Scaled(1.0), graph_with([2, 4]), feeds)

@@ -76,13 +76,17 @@ ALSO = {
     "runtime/galleries/export.py": {"faiss", "pyarrow"},
     "bench/search.py": {"faiss", "usearch"},
     "bench/ann.py": {"usearch"},
+    "bench/scale.py": {"usearch"},
     "runtime/region_readers.py": {"h5py"},
     "training/curves.py": {"matplotlib"},
     "training/treebank.py": {"nltk"},
+    "bench/device.py": {"pynvml"},
     "bench/environment.py": {"onnxruntime", "torch", "cuda"},
     "bench/torch_baseline.py": {"torch", "training"},
     "bench/encode_loader.py": {"torch"},
     "runtime/galleries/columns.py": {"pyarrow"},
+    "runtime/galleries/urls.py": {"fsspec"},
+    "runtime/ray_engine.py": {"ray"},
     "bench/gpu/networks.py": {"torch", "onnx", "models", "export"},
     "bench/gpu/cases.py": {"export"},
 }
@@ -129,7 +133,7 @@ def imported(source):
 
 
 def test_the_walk_over_imports_sees_them():
-    assert imported("runtime/backends/onnxruntime.py") == ({"onnxruntime"}, {"runtime"})
+    assert imported("runtime/backends/onnxruntime.py") == ({"numpy", "onnxruntime"}, {"runtime"})
     assert "torch" in imported("models/dsran.py")[0]
     assert imported("cli/verify.py")[1] == {"runtime"}
 

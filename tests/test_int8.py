@@ -3,8 +3,11 @@
 import collections
 import importlib.util
 import json
+import re
 import shutil
+from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from dualmatch.export import bundle as export
 from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import AxisRange, profile_from_text
 from dualmatch.export.graph import specs
@@ -29,15 +33,13 @@ from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.parity import Decision
 
 from .demo_fixture import dualmatch, write_captions_folder
-from .tiny_models import EXPORTED
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason="tensorrt_rtx is not installed, so no int8 graph was built as an engine: pip install 'dualmatch[tensorrt-rtx]'",
 )
-# A GRU over word embeddings alone has no product to quantise.
-QUANTISED = [name for name in EXPORTED if name != "text-gru-mean"]
-SOME = ["image-both-k2", "image-lite0-k1", "image-files-k2", "text-bert-masked", "text-gru-masked"]
+# Every kind of layer that is quantised: a small trunk and a deep one with residual sums, words by BERT and by GRU; test_export_head has regions.
+QUANTISED = ["image-both-k2", "image-lite0-k1", "text-bert-masked", "text-gru-masked"]
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +112,13 @@ def test_int8_embeddings_point_where_the_float32_ones_do(name, int8_of):
     graph, _, _, path = int8_of(name)
     feeds = graph.feeds(7, 17, seed=2)
     single, quantised = run(graph.path, feeds), run(path, feeds)
-    assert cosines(single, quantised).min() > (
-        0.9 if "lite0" in name else 0.99
-    )  # sixteen blocks of random convolutions
+    # Sixteen blocks of random convolutions lose more than trained ones; embeddings of other inputs are further off still.
+    least = 0.7 if "lite0" in name else 0.99
+    assert cosines(single, quantised).min() > least > cosines(single, np.roll(quantised, 1, axis=0)).min()
     assert np.abs(single - quantised).max() > 1e-5
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", QUANTISED)
 def test_an_embedding_does_not_depend_on_its_neighbours(name, int8_of):
     """What dynamic quantisation breaks: a loud neighbour would take the codes away from the others."""
     graph, _, _, path = int8_of(name)
@@ -230,7 +232,7 @@ def test_a_histogram_does_not_care_how_its_values_arrive():
     for percentile in (50, 99, 99.9, 100):
         exact = np.quantile(values, percentile / 100)
         for one in (whole, parts, other_way):
-            assert one.threshold(percentile) == pytest.approx(exact, rel=0.05, abs=2 * one.top / 4096)
+            assert one.threshold(percentile) == pytest.approx(exact, abs=2 * one.top / 4096)
     assert whole.threshold(100) >= values.max() * 0.999
 
 
@@ -293,23 +295,41 @@ def test_too_few_pairs_end_the_search_where_that_is_accepted(exported, tmp_path)
 
 
 def test_an_encoder_without_products_is_left_alone(exported, tmp_path):
-    found, calls = search(exported("text-gru-mean"), tmp_path, [])
+    """A GRU over word embeddings and nothing else; here the words' part of a whole encoder."""
+    graph = exported("text-gru-masked")
+    recurrent = onnx.ModelProto()
+    recurrent.CopyFrom(graph.model)
+    del recurrent.graph.node[:]
+    recurrent.graph.node.extend(node for node in graph.model.graph.node if node.op_type not in ("MatMul", "Gemm"))
+    found, calls = search(replace(graph, model=recurrent), tmp_path, [])
     assert found is None
     assert calls == []
 
 
 def test_a_network_that_int8_cannot_carry_is_refused(exported, tmp_path):
     with pytest.raises(
-        DualmatchError, match=r"with 6 of the text encoder's \d+ layers in float32, still as told; export with --fp16"
+        DualmatchError, match=r"with 9 of the text encoder's 19 layers in float32, still as told; export with --fp16"
     ):
         search(exported("text-bert-masked"), tmp_path, ["fail"] * 20)
 
 
-# The command.
+# The command. Tracing takes seconds and is tested elsewhere; everything after it is the real thing.
 
 
 @pytest.fixture(scope="module")
-def bundle(small_run, tmp_path_factory):
+def traced(small_bundle):
+    """torch's exporter gives the small bundle's graphs."""
+
+    def export_encoder(encoder, examples, path, *, output):
+        shutil.copy(small_bundle / path.name, path)
+        return onnx.load(path)
+
+    with mock.patch.object(export, "export_encoder", export_encoder):
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(small_run, traced, tmp_path_factory):
     out = tmp_path_factory.mktemp("int8-bundle") / "bundle"
     done = dualmatch("export", small_run.folder, "--out", out, "--int8", "--max-rsum-loss", "60")
     assert done.code == 0, done.err
@@ -353,7 +373,7 @@ def refused(small_run, out, *options):
     return done.err.strip().splitlines()[-1]
 
 
-def test_what_is_refused(small_run, tmp_path):
+def test_what_is_refused(small_run, traced, tmp_path):
     out = tmp_path / "bundle"
     assert "exclude each other" in refused(small_run, out, "--int8", "--fp16")
     assert "--calibration is for --int8" in refused(small_run, out, "--fp16", "--calibration", small_run.data)
@@ -363,9 +383,25 @@ def test_what_is_refused(small_run, tmp_path):
     damaged = shutil.copytree(small_run.data, tmp_path / "damaged")
     first = json.loads((damaged / "captions.json").read_text())["images"][0]["filename"]
     (damaged / "images" / first).write_bytes(b"no photograph")
-    assert first in refused(small_run, out, "--int8", "--calibration", damaged)
+    assert first in refused(small_run, out, "--int8", "--max-rsum-loss", "60", "--calibration", damaged)
     assert list(tmp_path.glob(".bundle*")) == []
 
 
-def test_too_few_pairs_are_refused_unless_unverified(small_run, tmp_path):
-    assert "int8" in refused(small_run, tmp_path / "bundle", "--int8", "--max-rsum-loss", "0.01")
+def test_a_search_that_fails_leaves_nothing(small_run, traced, tmp_path):
+    """52 images that do not flip have a bound of 300 / 52; the floor of the cosine ends each trial at its first batch."""
+    said = refused(small_run, tmp_path / "bundle", "--int8", "--max-rsum-loss", "6", "--min-cosine", "1")
+    assert "int8 does not keep retrieval: with" in said
+    assert re.search(
+        r"the worst cosine of the first 16 of 52 images is 0\.\d+, below the floor of 1\.0; export with --fp16", said
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_pairs_are_told_before_any_search(small_run, traced, tmp_path):
+    said = refused(small_run, tmp_path / "bundle", "--int8")
+    assert "cannot be decided on these pairs even if nothing were lost" in said
+    assert re.search(
+        r"on 52 images the 95% bound of its loss is 5\.77, above the tolerance of 3\.0; about 100 images .* --unverified",
+        said,
+    )
+    assert list(tmp_path.iterdir()) == []

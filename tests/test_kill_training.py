@@ -51,7 +51,9 @@ def train_until_write(folder, name, number, resume, written):
 
 
 def killed_at_write(folder, name, number, *, resume):
-    context = multiprocessing.get_context("fork")
+    # A fork of this process would inherit torch's threads as locks that nobody holds: the server that forks has started none.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     written = context.Event()
     process = context.Process(target=train_until_write, args=(folder, name, number, resume, written))
     process.start()

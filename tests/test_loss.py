@@ -170,3 +170,42 @@ def test_options_reach_the_loss():
     expected = hinge_loss(similarity, OWNER, margin=0.5, hardest=False)
     assert matching_loss(similarity, OWNER, ids, options, epoch=0) == expected
     assert expected != hinge_loss(similarity, OWNER)
+
+
+def loop_top_k(similarity, owner, margin, count, same=()):
+    """The mean of each pair's `count` largest costs, or of all it has."""
+    total = 0.0
+    for caption, image in enumerate(owner):
+        positive = similarity[image, caption]
+        captions = [
+            similarity[image, c] for c in range(len(owner)) if owner[c] != image and (image, owner[c]) not in same
+        ]
+        images = [similarity[i, caption] for i in range(len(similarity)) if i != image and (i, image) not in same]
+        for negatives in (captions, images):
+            largest = sorted((max(0, margin + one - positive) for one in negatives), reverse=True)[:count]
+            total += sum(largest) / max(1, len(largest))
+    return total
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+@pytest.mark.parametrize("tied", [True, False])
+def test_several_hard_negatives_are_the_mean_of_the_largest_costs(count, tied):
+    similarity = scores(4, 7, seed=11, tied=tied)
+    ours = hinge_loss(similarity, OWNER, num_negatives=count).item()
+    assert ours == pytest.approx(loop_top_k(similarity.numpy(), OWNER.tolist(), 0.2, count))
+
+
+def test_several_hard_negatives_leave_out_the_same_image_and_reach_the_loss():
+    similarity, ids = scores(4, 7, seed=12), torch.tensor([5, 6, 5, 9])
+    options = LossOptions(kind="hinge", num_negatives=2, warmup_epochs=1, warmup="sum")
+    ours = [matching_loss(similarity, OWNER, ids, options, epoch=epoch).item() for epoch in (0, 1)]
+    same = {(0, 2), (2, 0)}
+    assert ours[0] == pytest.approx(loop_hinge(similarity.numpy(), OWNER.tolist(), 0.2, hardest=False, same=same))
+    assert ours[1] == pytest.approx(loop_top_k(similarity.numpy(), OWNER.tolist(), 0.2, 2, same))
+
+
+def test_one_of_several_hard_negatives_is_the_hardest_bit_for_bit():
+    similarity = scores(4, 7, seed=13)
+    assert hinge_loss(similarity, OWNER, num_negatives=1) == hinge_loss(similarity, OWNER)
+    drawn = similarity.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: hinge_loss(s, OWNER, num_negatives=3), drawn)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -416,12 +417,24 @@ def test_the_default_tolerances_are_the_ones_that_are_promised():
 # The suite in tests/parity, on bundles with a planted fault whose hashes were brought up to it.
 
 
-def run_suite(bundle, data):
-    environment = os.environ | {"DUALMATCH_PARITY_BUNDLE": str(bundle), "DUALMATCH_PARITY_DATA": str(data)}
-    suite = Path(__file__).parent / "parity"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+SUITE = """
+import os, sys, pytest
+for os.environ["DUALMATCH_PARITY_BUNDLE"] in sys.argv[2:]:
+    code = pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]])
+    print("ENDED", int(code), flush=True)
+"""
+
+
+def run_suite(bundles, data):
+    """The suite's exit code on each bundle and the names of the tests that failed; all in one fresh process."""
+    environment = os.environ | {"DUALMATCH_PARITY_DATA": str(data)}
+    command = [sys.executable, "-c", SUITE, Path(__file__).parent / "parity", *bundles]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, {line.split("::")[1].split("[")[0].split()[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))}  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *reports, end = re.split(r"^ENDED (\d)\n", done.stdout, flags=re.MULTILINE)
+    assert not end
+    failures = [set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", text, flags=re.MULTILINE)) for text in reports[::2]]
+    return list(zip(map(int, reports[1::2]), failures, strict=True))
 
 
 def changed_weight(path, rank):
@@ -471,23 +484,31 @@ def pad_changes_the_caption(path):
     onnx.save(model, path)
 
 
-@pytest.mark.parametrize(
-    ("fault", "noticed_by"),
-    [
-        ("none", set()),
-        ("unsealed byte", {"test_every_hash_matches", "test_retrieval_is_torchs"}),
-        ("image weight", {"test_the_stored_samples_give_torchs_embeddings", "test_retrieval_is_torchs"}),
-        ("text weight", {"test_the_stored_samples_give_torchs_embeddings", "test_captions_give_torchs_embeddings", "test_retrieval_is_torchs"}),
-        ("tokenizer", {"test_captions_give_torchs_embeddings", "test_retrieval_is_torchs"}),
-        ("preprocessing", {"test_retrieval_is_torchs"}),
-        ("dimension", {"test_the_graph_takes_and_gives_what_the_manifest_says"}),
-        ("padding", {"test_a_caption_alone_is_the_caption_in_a_batch"}),
-    ],
-)  # fmt: skip
-def test_the_parity_suite_notices_a_planted_fault(fault, noticed_by, small_bundle, small_run, tmp_path):
-    bundle = shutil.copytree(small_bundle, tmp_path / "bundle")
-    plant(bundle, fault)
-    code, failed = run_suite(bundle, small_run.data)
+NOTICED_BY = {
+    "none": set(),
+    "unsealed byte": {"test_every_hash_matches", "test_retrieval_is_torchs"},
+    "image weight": {"test_the_stored_samples_give_torchs_embeddings", "test_retrieval_is_torchs"},
+    "text weight": {"test_the_stored_samples_give_torchs_embeddings", "test_captions_give_torchs_embeddings", "test_retrieval_is_torchs"},
+    "tokenizer": {"test_captions_give_torchs_embeddings", "test_retrieval_is_torchs"},
+    "preprocessing": {"test_retrieval_is_torchs"},
+    "dimension": {"test_the_graph_takes_and_gives_what_the_manifest_says"},
+    "padding": {"test_a_caption_alone_is_the_caption_in_a_batch"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def suite(small_bundle, small_run, tmp_path_factory):
+    """How the suite ended for each fault."""
+    folder = tmp_path_factory.mktemp("parity")
+    bundles = {fault: shutil.copytree(small_bundle, folder / fault) for fault in NOTICED_BY}
+    for fault, bundle in bundles.items():
+        plant(bundle, fault)
+    return dict(zip(bundles, run_suite(bundles.values(), small_run.data), strict=True))
+
+
+@pytest.mark.parametrize("fault", NOTICED_BY)
+def test_the_parity_suite_notices_a_planted_fault(fault, suite):
+    (code, failed), noticed_by = suite[fault], NOTICED_BY[fault]
     assert code == (1 if noticed_by else 0)
     assert noticed_by <= failed
     if fault not in ("unsealed byte", "dimension", "padding"):

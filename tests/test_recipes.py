@@ -57,7 +57,10 @@ def test_a_file_is_named_after_itself(tmp_path):
         ("[train]\nepoch = 3\n", ("mine.toml.train has no option 'epoch'", "did you mean 'epochs'?")),
         ("[trian]\nepochs = 3\n", ("mine.toml has no option 'trian'", "did you mean 'train'?")),
         ('[model.text]\nencodr = "gru"\n', ("mine.toml.model.text has no option 'encodr'", "'encoder'?")),
-        ("[zzzzz]\nx = 1\n", ("has no option 'zzzzz'", "it takes name, description, trunk_weights, network, model,")),
+        (
+            "[zzzzz]\nx = 1\n",
+            ("has no option 'zzzzz'", "it takes name, description, trunk_weights, word_weights, network, model,"),
+        ),
         ("model = 3\n", ("mine.toml.model must be a table, got 3",)),
         ('[train]\nepochs = "3"\n', ("mine.toml.train.epochs must be of type int, got '3'",)),
         ("[train]\nepochs = 3.5\n", ("must be of type int, got 3.5",)),
@@ -77,7 +80,13 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, text, sentences):
 
 @pytest.mark.parametrize("name", ["flickr", "", ".", "../recipes/scenes-dsran-gru", "nowhere.toml"])
 def test_a_recipe_that_is_not_there(name):
-    assert SCENES in refusal(name)
+    message = refusal(name)
+    assert "`dualmatch train --list` shows" in message
+    assert SCENES in message or "did you mean" in message
+
+
+def test_a_misspelt_recipe_gets_the_nearest_names():
+    assert "did you mean dsran-bert-flickr30k-table3-6 or" in refusal("dsran-bert-flickr30k-tabel3-6")
 
 
 @pytest.mark.parametrize(

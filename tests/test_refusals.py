@@ -36,13 +36,14 @@ def test_rerank_never_writes_over_its_own_matrix(tmp_path):
     assert np.load(tmp_path / "order.npy").shape == (100, 15)
 
 
-def test_an_output_without_a_folder_is_named_as_the_user_named_it(tmp_path):
+def test_an_output_below_a_file_is_named_as_the_user_named_it(tmp_path):
     similarity = np.ones((2, 2), np.float32)
     info = SimsInfo(image_ids=("a", "b"), caption_ids=("c", "d"), caption_image=(0, 1), bundle="b")
     save_sims(tmp_path / "sims.npy", similarity, info)
+    (tmp_path / "no").write_text("a file in a folder's place")
     refused = run("runtime", "rerank", "sims.npy", "--direction", "i2t", "--k1", 1, "--out", "no/x.npy", cwd=tmp_path)
     assert refused.returncode == 1
-    assert refused.stderr.endswith("no/x.npy cannot be read or written: No such file or directory.\n")
+    assert refused.stderr.endswith("no cannot be read or written: File exists.\n")
     assert ".part" not in refused.stderr
 
 

@@ -7,7 +7,19 @@ from PIL import Image
 from dualmatch.runtime.datasets import Dataset, ImageItem
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.preprocess import open_rgb
+from dualmatch.runtime.region_readers import position_features
 from dualmatch.runtime.regions import RegionFile
+
+from .data_layouts import (
+    CHANNELS,
+    REGIONS,
+    SPLITS,
+    boxes_of,
+    classes_of,
+    features_of,
+    name_of,
+    write_vlp,
+)
 
 NAMES = np.array(["one.jpg", "two.jpg"])
 FEATURES = np.arange(24, dtype=np.float16).reshape(2, 3, 4)
@@ -67,7 +79,10 @@ def test_other_files_are_refused(tmp_path):
             RegionFile(tmp_path / name)
     with pytest.raises(DualmatchError, match="there is no region file"):
         RegionFile(tmp_path / "nowhere.npz")
-    with pytest.raises(DualmatchError, match="cannot be read"):
+    with pytest.raises(DualmatchError, match=r"must hold numbers \(regions, channels\) for image 'single'"):
+        RegionFile(tmp_path)
+    (tmp_path / "single.npy").unlink()
+    with pytest.raises(DualmatchError, match=r"cannot be read: it holds no region files\. They are"):
         RegionFile(tmp_path)
 
 
@@ -175,3 +190,92 @@ def test_regions_come_in_the_order_asked_for(tmp_path, photographs, pool):
     assert [np.round(again.positions(item.id)[:, 4], 2).tolist() for item in photographs.items] == areas["random"]
     with pytest.raises(DualmatchError, match="has no `scores`"):
         pool(photographs, boxes, tmp_path / "out.npz", order="confidence")
+
+
+# The authors' formats behind the same door.
+
+SCAN_ROWS = np.arange(48, dtype=np.float32).reshape(4, 3, 4)
+
+
+def test_scans_files_one_by_one_and_by_the_folder(tmp_path):
+    np.save(tmp_path / "test_ims.npy", SCAN_ROWS)
+    np.save(tmp_path / "dev_ims.npy", SCAN_ROWS[:2] + 1)
+    one, both = RegionFile(tmp_path / "test_ims.npy"), RegionFile(tmp_path)
+    for regions in (one, both):
+        assert (regions.num_regions, regions.feature_dim, regions.position_dim) == (3, 4, 0)
+        np.testing.assert_array_equal(regions.features("test/3"), SCAN_ROWS[3])
+        regions.require(["test/0", "test/3"])
+    np.testing.assert_array_equal(both.features("val/1"), SCAN_ROWS[1] + 1)
+    for regions, image_id in ((one, "val/1"), (both, "val/2"), (both, "test/4"), (both, "test/x"), (both, "3.jpg")):
+        with pytest.raises(DualmatchError, match=f"has no features for image '{image_id}'"):
+            regions.features(image_id)
+        with pytest.raises(DualmatchError, match=f"has no features for image '{image_id}'"):
+            regions.require([image_id])
+    with pytest.raises(DualmatchError, match=r"has no positions, which this network needs for image 'test/0'"):
+        one.positions("test/0")
+    np.save(tmp_path / "dev_ims.npy", SCAN_ROWS[:, :2])
+    with pytest.raises(DualmatchError, match=r"differ in shape: \(2, 4\), \(3, 4\)"):
+        RegionFile(tmp_path)
+
+
+@pytest.mark.parametrize("coco", [False, True])
+def test_vlps_files_with_their_boxes(tmp_path, coco):
+    features = write_vlp(tmp_path, coco=coco)
+    box_file = next(tmp_path.glob("*.h5"))
+    ids = [f"folder/{name_of(row, coco=coco)}" for row in range(len(SPLITS))]
+    ways = [features, f"{features},{box_file}"] + ([features.parent, f"{features.parent},{box_file}"] if coco else [])
+    for way in ways:  # the box file is found beside the folder, or named
+        regions = RegionFile(way)
+        assert (regions.num_regions, regions.feature_dim, regions.position_dim) == (REGIONS, CHANNELS, 11)
+        regions.require(ids)
+        for row, image_id in enumerate(ids):
+            np.testing.assert_array_equal(regions.features(image_id), features_of(row))
+            expected = position_features(boxes_of(row), classes_of(row))
+            np.testing.assert_array_equal(regions.positions(image_id), expected)
+    with pytest.raises(DualmatchError, match=r"no features for image '391.jpg' and 1 others of 3\."):
+        RegionFile(features).require(["391.jpg", "392.jpg", ids[0]])
+
+
+def test_without_boxes_there_are_no_positions(tmp_path):
+    features = write_vlp(tmp_path, coco=False)
+    box_file = next(tmp_path.glob("*.h5"))
+    (tmp_path / "second.h5").write_bytes(b"")
+    regions = RegionFile(features)  # which of the two is meant is not guessed
+    assert regions.position_dim == 0
+    with pytest.raises(DualmatchError, match=r"name it after a comma, FEATURES,BOXES\.h5"):
+        regions.positions(name_of(0, coco=False))
+    assert RegionFile(f"{features},{box_file}").position_dim == 11
+    with pytest.raises(DualmatchError, match=r"there is no box file .*nowhere\.h5"):
+        RegionFile(f"{features},{tmp_path / 'nowhere.h5'}")
+
+
+def test_an_image_with_fewer_regions_is_refused_by_name(tmp_path):
+    features = write_vlp(tmp_path, coco=False)
+    name = name_of(4, coco=False)
+    np.save(features / f"{name.removesuffix('.jpg')}.npy", features_of(4)[:-1])
+    with pytest.raises(DualmatchError, match=rf"has features \[2, 8\] for image '{name}', for others \[3, 8\]"):
+        RegionFile(features).features(name)
+
+
+def test_kinds_that_are_mixed_or_half_named_are_refused(tmp_path):
+    prefix = write_vlp(tmp_path, coco=True)
+    with pytest.raises(DualmatchError, match=r"give the prefix that all of its `_feat###\.h5` share"):
+        RegionFile(next(prefix.parent.glob("*.h5")))
+    np.save(prefix.parent / "test_ims.npy", SCAN_ROWS)
+    with pytest.raises(DualmatchError, match="holds more than one kind of region files"):
+        RegionFile(prefix.parent)
+    assert RegionFile(prefix).feature_dim == CHANNELS
+    (prefix.parent / "other_feat000.h5").write_bytes(b"")
+    with pytest.raises(DualmatchError, match="several prefixes"):
+        RegionFile(f"{prefix.parent},{next(tmp_path.glob('*.h5'))}")
+
+
+def test_a_damaged_file_of_vlps_is_named(tmp_path):
+    prefix = write_vlp(tmp_path, coco=True)
+    name = name_of(3, coco=True)
+    path = prefix.with_name(f"{prefix.name}_feat{name.removesuffix('.jpg')[-3:]}.h5")
+    path.write_bytes(b"\x89HDF")
+    regions = RegionFile(prefix)
+    for ask in (lambda: regions.features(name), lambda: regions.require([name])):
+        with pytest.raises(DualmatchError, match=rf"{path.name}.*cannot be read"):
+            ask()

@@ -95,7 +95,7 @@ def graphs(network, tmp_path_factory):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_onnx_gives_torchs_embeddings_on_every_shape(side, network, graphs):
-    from dualmatch.export.graph import largest_difference
+    from .agreement import largest_difference
 
     lengths = (1, 2, 5, 17, 40) if side == "text" else (0,)
     batches = [

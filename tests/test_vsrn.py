@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import AxisRange, profile_from_text
-from dualmatch.export.graph import export_encoder, largest_difference, specs
+from dualmatch.export.graph import export_encoder, specs
 from dualmatch.export.half import to_half
 from dualmatch.models import VSRN, VsrnConfig
 from dualmatch.models.authors_vsrn import authors_states, captioner_ours_from_authors, load_captioner
@@ -25,6 +25,7 @@ from dualmatch.runtime.configs import from_mapping
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.similarity import order_similarity
 
+from .agreement import largest_difference
 from .tiny_models import VOCABULARY, captions, randomised
 
 torch.set_num_threads(1)

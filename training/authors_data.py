@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,3 +74,20 @@ def bert_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
         single="[CLS] $A [SEP]", special_tokens=[(piece, ids[piece]) for piece in ("[CLS]", "[SEP]")]
     )
     return tokenizer
+
+
+def read_pieces(path: Path) -> list[str]:
+    """The lines of BERT's vocab.txt, whose place is the id.
+
+    Raises:
+        DualmatchError: no such file, or one that is not UTF-8.
+    """
+    try:
+        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise DualmatchError(f"there is no vocabulary {path}.") from None
+    except (OSError, UnicodeDecodeError):
+        raise DualmatchError(
+            f"{path} is no vocab.txt of BERT, which a DSRAN-BERT needs: one piece a line, UTF-8."
+        ) from None
+    return [line.removesuffix("\r") for line in lines]

@@ -15,7 +15,7 @@ from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_file
 from dualmatch.runtime.tokenizer import CaptionTokenizer
 
-from .authors_data import bert_tokenizer
+from .authors_data import bert_tokenizer, read_pieces
 from .checkpoint import Run, text_options
 from .recipe import ForeignRecipe
 from .treebank import punkt_abbreviations, treebank_tokenizer
@@ -81,25 +81,12 @@ def _tokenizer(text: TextConfig, vocabulary: Path, *, one_sentence: bool) -> tup
     if text.encoder == "bert":
         if one_sentence:
             raise DualmatchError("WordPiece knows no sentences; leave out --one-sentence.")
-        pieces = _read_pieces(vocabulary)
+        pieces = read_pieces(vocabulary)
         return bert_tokenizer(pieces), len(pieces), {}
     ids = read_vocabulary(vocabulary)
     abbreviations = None if one_sentence else punkt_abbreviations()
     sentences = {"sentences": "one a caption" if one_sentence else "Punkt"}
     return treebank_tokenizer(ids, abbreviations=abbreviations), len(ids), sentences
-
-
-def _read_pieces(path: Path) -> list[str]:
-    """The lines of BERT's vocab.txt, whose place is the id."""
-    try:
-        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise DualmatchError(f"there is no vocabulary {path}.") from None
-    except (OSError, UnicodeDecodeError):
-        raise DualmatchError(
-            f"{path} is no vocab.txt of BERT, which a DSRAN-BERT needs: one piece a line, UTF-8."
-        ) from None
-    return [line.removesuffix("\r") for line in lines]
 
 
 def _batch_size(checkpoint: AuthorsCheckpoint, path: Path) -> int:

@@ -43,9 +43,12 @@ class Setup:
     progress: Progress
 
     def map_cache(self, items: Sequence[ImageItem], *, views: int) -> tuple[MapCache | None, list[list[Path]]]:
-        """The frozen trunk's cached maps for these images, and where each image's views lie; (None, []) where nothing is frozen."""
+        """The frozen trunk's cached maps for these images, and where each image's views lie; (None, []) where nothing is frozen, or
+        where every image is augmented anew.
+        """
         encoder = self.model.image_encoder
-        if encoder.trunk is None or not self.recipe.model.trunk.frozen or not encoder.stages:
+        frozen = self.recipe.model.trunk.frozen and not self.recipe.data.augment
+        if encoder.trunk is None or not frozen or not encoder.stages:
             return None, []
         maps = MapCache(
             self.cache, encoder.trunk, encoder.stages, self.preprocess, min_area=self.recipe.data.crop_min_area

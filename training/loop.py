@@ -46,6 +46,7 @@ from .step import Differentiator, Losses, rng_state, set_rng_state
 from .validation import Validation
 from .vocabulary import build_tokenizer, save_tokenizer
 from .watch import NoWatch, Watch
+from .word_weights import load_word_weights
 from .workers import LoadedAhead
 
 # Other processes draw their dropout from other seeds.
@@ -144,15 +145,20 @@ class _Run:
         elif out.exists() and (not out.is_dir() or any(path.name != DIVERGED for path in out.iterdir())):
             raise DualmatchError(f"{out} exists already; use --resume to continue a run, or give another --out.")
         group.collect(None)  # nobody looks at `out` any more when the first process begins to write there
-        regions = _regions(recipe, [*train_set.items, *val_set.items])
+        regions = _regions(recipe, dataset, [*train_set.items, *val_set.items])
         torch.manual_seed(recipe.train.seed)
         self.tokenizer_json = build_tokenizer(
-            recipe.model.text, train_set.captions, min_count=recipe.data.min_word_count
+            recipe.model.text,
+            train_set.captions,
+            min_count=recipe.data.min_word_count,
+            word_weights=recipe.word_weights,
         )
         vocabulary_size = max(self.tokenizer_json.get_vocab(with_added_tokens=True).values()) + 1
         text = replace(recipe.model.text, vocabulary_size=vocabulary_size)
         self.recipe = recipe = replace(recipe, model=replace(recipe.model, text=text))
         self.model = build_model(recipe, pretrained=True)
+        if not resume or recipe.model.text.frozen:  # what is trained comes from the checkpoint
+            load_word_weights(self.model, recipe.word_weights, self.tokenizer_json)
         objective = Objective(self.model, build_captioner(self.model)).to(device)
         setup = Setup(
             recipe=recipe,
@@ -361,26 +367,31 @@ def _caption_tokenizer(tokenizer: Tokenizer, options: TokenizerOptions, out: Pat
         return CaptionTokenizer(Path(folder) / "tokenizer.json", options)
 
 
-def _regions(recipe: Recipe, items: Sequence[ImageItem]) -> RegionFile | None:
+def _regions(recipe: Recipe, dataset: Dataset, items: Sequence[ImageItem]) -> RegionFile | None:
     if recipe.region_dims is None:
         return None
     channels, numbers = recipe.region_dims
     option = "model.feature_dim" if recipe.network == "vsrn" else "model.regions.feature_dim"
-    if not recipe.data.regions:
+    where = recipe.data.regions or dataset.regions
+    if not where:
         raise DualmatchError("the recipe takes precomputed regions; say where they are with --set data.regions=FILE.")
-    regions = RegionFile(Path(recipe.data.regions))
+    regions = RegionFile(where)
     if regions.feature_dim != channels:
         raise DualmatchError(
-            f"the recipe expects regions of {channels} channels, {recipe.data.regions} has {regions.feature_dim}; "
+            f"the recipe expects regions of {channels} channels, {where} has {regions.feature_dim}; "
             f"use --set {option}={regions.feature_dim}."
+        )
+    if (wanted := recipe.num_regions) not in (0, regions.num_regions):
+        raise DualmatchError(
+            f"the recipe expects {wanted} regions an image, {where} has {regions.num_regions}; "
+            f"use --set model.regions.num_regions={regions.num_regions}."
         )
     if numbers not in (0, regions.position_dim):
         raise DualmatchError(
-            f"the recipe expects region positions of {numbers} numbers, {recipe.data.regions} has "
+            f"the recipe expects region positions of {numbers} numbers, {where} has "
             f"{regions.position_dim or 'none'}; use --set model.regions.position_dim={regions.position_dim}."
         )
-    for item in items:
-        regions.features(item.id)  # one that is missing is an error now, not hours later
+    regions.require([item.id for item in items])
     return regions
 
 

@@ -16,6 +16,7 @@ def hinge_loss(
     *,
     margin: float = 0.2,
     hardest: bool = True,
+    num_negatives: int = 1,
     excluded_IM: Tensor | None = None,
 ) -> Tensor:
     """Triplet ranking loss (DSRAN eq 21; VSE++), summed over all pairs and both directions, as the authors' code does.
@@ -24,6 +25,7 @@ def hinge_loss(
         scores_IM: similarities.
         owner_M: for each caption its image's row; None for the diagonal.
         hardest: only the hardest negative of each pair and direction counts.
+        num_negatives: or the mean cost of so many of the hardest, or of all where there are fewer (average top-k; Fan et al., 2017).
         excluded_IM: true where an image and a caption of another row are no negatives of each other.
     """
     owner_M = _owner(scores_IM, owner_M)
@@ -35,6 +37,11 @@ def hinge_loss(
     cost_captions_MM = (
         (margin + scores_IM[owner_M] - positives_M[:, None]).clamp(min=0).masked_fill(no_negative_IM[owner_M], 0)
     )
+    if hardest and num_negatives > 1:
+        return (
+            _mean_of_largest(cost_captions_MM, ~no_negative_IM[owner_M], num_negatives).sum()
+            + _mean_of_largest(cost_images_IM.T, ~no_negative_IM.T, num_negatives).sum()
+        )
     if hardest:
         return cost_captions_MM.amax(dim=1).sum() + cost_images_IM.amax(dim=0).sum()
     return cost_captions_MM.sum() + cost_images_IM.sum()
@@ -70,7 +77,20 @@ def matching_loss(
     if options.kind == "infonce" or (warming_up and options.warmup == "infonce"):
         return infonce_loss(scores_IM, owner_M, temperature=options.temperature, excluded_IM=excluded_IM)
     hardest = options.hardest and not warming_up
-    return hinge_loss(scores_IM, owner_M, margin=options.margin, hardest=hardest, excluded_IM=excluded_IM)
+    return hinge_loss(
+        scores_IM,
+        owner_M,
+        margin=options.margin,
+        hardest=hardest,
+        num_negatives=options.num_negatives,
+        excluded_IM=excluded_IM,
+    )
+
+
+def _mean_of_largest(costs_MN: Tensor, is_negative_MN: Tensor, count: int) -> Tensor:
+    """Mean (M,) of the largest costs of each row, of at most as many as it has negatives; what is no negative costs 0."""
+    largest_MK = costs_MN.topk(min(count, costs_MN.shape[1]), dim=1).values
+    return largest_MK.sum(dim=1) / is_negative_MN.sum(dim=1).clamp(1, count)
 
 
 def _owner(scores_IM: Tensor, owner_M: Tensor | None) -> Tensor:

@@ -1,9 +1,7 @@
 """Recipes: small TOML files that say which network is trained on what and how."""
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +9,8 @@ from dualmatch.models.config import DsranConfig
 from dualmatch.models.vsrn_config import VsrnConfig
 from dualmatch.runtime.configs import check_range, from_mapping
 from dualmatch.runtime.errors import DualmatchError
+
+from .recipe_files import recipe_names, recipe_values, set_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class DataOptions:
         train_splits, val_splits: splits joined for training, and for choosing the best epoch.
         resize: `squash` or `crop`, see `runtime.preprocess`.
         views: with a frozen trunk, cached views of each training image: the evaluation view, its mirror image, then random crops.
-        augment: random crops and flips where the trunk is trained (a frozen trunk's augmentation is its cached views).
+        augment: every image is cropped and flipped anew each time it is seen, as the authors do; a frozen trunk then runs in every
+            step, and nothing is cached. In place of `views`.
         crop_min_area: smallest share of the photograph that an augmented view shows (the authors: 0.08).
         regions: a region file, for networks that take precomputed regions.
         min_word_count: rarer words of the training captions become the unknown word (word-level vocabularies).
@@ -51,7 +52,8 @@ class LossOptions:
     Attributes:
         kind: `hinge` (eq 21; VSE++) or `infonce` (symmetric cross-entropy over the batch).
         margin: alpha of the hinge loss.
-        hardest: only the hardest negative in the batch counts; otherwise all do.
+        hardest: only the hardest negatives in the batch count; otherwise all do.
+        num_negatives: how many of the hardest; the mean of their costs is taken (average top-k; Fan et al., 2017). The papers': 1.
         temperature: of `infonce`.
         warmup_epochs: epochs on the loss that `warmup` names before `hinge` starts.
         warmup: `infonce`, or `sum`: the hinge over all negatives (as VSE∞ does in its first epoch; Chen et al., 2021).
@@ -61,6 +63,7 @@ class LossOptions:
     kind: Literal["hinge", "infonce"] = "hinge"
     margin: float = 0.2
     hardest: bool = True
+    num_negatives: int = 1
     temperature: float = 0.05
     warmup_epochs: int = 0
     warmup: Literal["infonce", "sum"] = "infonce"
@@ -68,6 +71,9 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         check_range("margin", self.margin, 0.0, 2.0)
+        check_range("num_negatives", self.num_negatives, 1, 1_000_000)
+        if self.num_negatives > 1 and not (self.hardest and self.kind == "hinge"):
+            raise DualmatchError('num_negatives counts the hardest ones: it needs kind = "hinge" and hardest = true.')
         check_range("temperature", self.temperature, 1e-4, 10.0)
         check_range("warmup_epochs", self.warmup_epochs, 0, 100_000)
 
@@ -88,10 +94,11 @@ class TrainOptions:
         save_steps: `last.safetensors` is also written every so many steps; 0: after every epoch only.
         graph_learning_rate: factor on the learning rate of graph attention, fusion and relation layers.
         word_learning_rate: factor on the learning rate of the word encoder, for a BERT that is fine-tuned (VSE∞ takes 0.1; Chen et al., 2021).
-        optimiser: `adam`, or `adamw` with weight_decay on matrices (not on biases and norms).
+        optimiser: `adam`; `adamw` with weight_decay on matrices (not on biases and norms); or `bertadam`, with which the authors train
+            their BERT variant: no bias correction, and its own warm-up and linear decay to zero over all steps, which multiply the schedule.
         schedule: learning rate `constant`, `step` (times 0.1 every `step_epochs`), or `cosine` down to zero.
         warmup: share of all steps in which the learning rate rises linearly; the cosine begins after it.
-        clip_norm: global gradient norm is cut to this; 0 for no clipping.
+        clip_norm: global gradient norm is cut to this (for `bertadam` each tensor's own); 0 for no clipping.
         average: decay of an exponential moving average of the weights that is what gets evaluated and saved as best; 0 for none.
     """
 
@@ -99,7 +106,7 @@ class TrainOptions:
     batch_size: int = 128
     epoch_over: Literal["pairs", "images"] = "pairs"
     captions_per_image: int = 1
-    optimiser: Literal["adam", "adamw"] = "adam"
+    optimiser: Literal["adam", "adamw", "bertadam"] = "adam"
     learning_rate: float = 2e-4
     graph_learning_rate: float = 1.0
     word_learning_rate: float = 1.0
@@ -134,7 +141,11 @@ class TrainOptions:
                 'captions_per_image is for epoch_over = "images"; an epoch over pairs takes them one by one.'
             )
         if self.weight_decay and self.optimiser != "adamw":
-            raise DualmatchError('weight_decay is for optimiser = "adamw"; set it to 0 for adam.')
+            raise DualmatchError(f'weight_decay is for optimiser = "adamw"; set it to 0 for {self.optimiser}.')
+        if self.optimiser == "bertadam" and (self.schedule == "cosine" or not self.warmup or not self.clip_norm):
+            raise DualmatchError(
+                'optimiser = "bertadam" decays by itself: it takes schedule = "step" or "constant", a warmup and a clip_norm above 0.'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +155,14 @@ class Recipe:
     Attributes:
         name, description: shown by `dualmatch train --list`.
         trunk_weights: a file with pretrained weights for a trunk that no package carries (`resnet152`).
+        word_weights: where text.pretrained is `file`: a GloVe text file for a gru; for a bert a folder with model.safetensors and vocab.txt.
         network: which of the two `model` configures.
     """
 
     name: str
     description: str = ""
     trunk_weights: str = ""
+    word_weights: str = ""
     network: Literal["dsran", "vsrn"] = "dsran"
     model: DsranConfig | VsrnConfig = field(default_factory=DsranConfig)
     data: DataOptions = field(default_factory=DataOptions)
@@ -158,12 +171,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         frozen = self.model.trunk.name != "none" and self.model.trunk.frozen
-        if self.data.views > 1 and not frozen:
+        if self.data.views > 1 and (self.data.augment or not frozen):
             raise DualmatchError(
-                "data.views are cached views of a frozen trunk; a trained one takes data.augment = true."
+                "data.views are cached views of a frozen trunk; a trained one, or one that is not cached, takes data.augment = true and views = 1."
             )
-        if self.data.augment and (frozen or self.model.trunk.name == "none"):
-            raise DualmatchError("data.augment is for a trunk that is trained; a frozen one takes data.views.")
+        if self.data.augment and self.model.trunk.name == "none":
+            raise DualmatchError("data.augment is for networks that see pixels; this one has no trunk.")
         if isinstance(self.model, VsrnConfig) and (self.model.measure != "cosine" or not self.model.normalise_images):
             raise DualmatchError(
                 'a run serves unit vectors that are compared by their product: measure must be "cosine" and normalise_images true.'
@@ -177,6 +190,11 @@ class Recipe:
         if not self.model.regional_path or self.model.regions.source != "precomputed":
             return None
         return self.model.regions.feature_dim, self.model.regions.position_dim
+
+    @property
+    def num_regions(self) -> int:
+        """Precomputed regions that the network takes of an image; 0: any number."""
+        return self.model.regions.num_regions if isinstance(self.model, DsranConfig) else 0
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -192,23 +210,18 @@ class ForeignRecipe:
     data: DataOptions = field(default_factory=DataOptions)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe by name or a TOML file by path, with `key=value` overrides (`train.epochs=3`).
+    """Read a recipe by name (see `recipe_files.recipe_names`) or a TOML file by path, with `key=value` overrides (`train.epochs=3`).
 
     A recipe that begins with `base = "…"` (a shipped recipe's name, or a file beside it) says only what differs from that one.
 
     Raises:
         DualmatchError: no such recipe, TOML that cannot be read, an unknown or mistyped option.
     """
-    values = _read(name_or_path, Path(), ())
-    values.setdefault("name", Path(name_or_path).stem)
+    values = recipe_values(name_or_path)
+    values.setdefault("name", name_or_path if name_or_path in recipe_names() else Path(name_or_path).stem)
     for override in overrides:
-        _override(values, override)
+        set_option(values, override)
     return recipe_from_json(values, f"recipe {name_or_path}")
 
 
@@ -221,56 +234,3 @@ def recipe_from_json(values: dict[str, Any], where: str) -> Recipe:
             raise DualmatchError(f"{where}.model must be a table, got {model!r}.")
         values["model"] = from_mapping(VsrnConfig if network == "vsrn" else DsranConfig, model, f"{where}.model")
     return from_mapping(Recipe, values, where)
-
-
-def _read(name_or_path: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
-    """A recipe's values over those of its base; `above` are the recipes that led here."""
-    source = _shipped() / f"{name_or_path}.toml" if name_or_path in recipe_names() else folder / name_or_path
-    if not source.is_file():
-        raise DualmatchError(
-            f"there is no recipe {name_or_path!r}: it is neither a file nor one of {', '.join(recipe_names())}."
-        )
-    if str(source) in above:
-        raise DualmatchError(f"recipe {name_or_path} is its own base.")
-    try:
-        values = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DualmatchError(f"recipe {name_or_path} is not valid TOML: {error}.") from None
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise DualmatchError(f"recipe {name_or_path}.base must be a recipe's name or file, got {base!r}.")
-    inherited = _read(base, folder / Path(name_or_path).parent, (*above, str(source)))
-    inherited.pop("name", None)
-    return _merged(inherited, values)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables merged, option by option; a list is one option."""
-    merged = below | above
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merged(below[key], above[key])
-    return merged
-
-
-def _shipped() -> Any:
-    return files("dualmatch.training.recipes")
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one option from text."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise DualmatchError(f"--set takes key=value, for example train.epochs=3; got {override!r}.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *tables, last = key.strip().split(".")
-    for table in tables:
-        values = values.setdefault(table, {})
-        if not isinstance(values, dict):
-            raise DualmatchError(f"--set {override}: {table!r} is an option, not a table.")
-    values[last] = value

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dualmatch.runtime.errors import DualmatchError
 
+from .bert_adam import BertAdam, warmup_linear
 from .checkpoint import frozen_names, load_state, load_tensors, save_tensors
 from .objective import Objective
 from .recipe import Recipe
@@ -39,7 +40,7 @@ class TrainingState:
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.captioner is not None:
             self.parameters |= {f"captioner.{name}": p for name, p in self.captioner.named_parameters()}
-        self.optimiser = _optimiser(recipe, self.parameters)
+        self.optimiser = _optimiser(recipe, self.parameters, total_steps=recipe.train.epochs * steps_per_epoch)
         device = next(self.model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
         self.steps_per_epoch = steps_per_epoch
@@ -51,9 +52,17 @@ class TrainingState:
     @property
     def learning_rate(self) -> float:
         """The rate of the step to come."""
+        if self.options.optimiser == "bertadam":
+            done = self.steps / (self.options.epochs * self.steps_per_epoch)
+            return self._scheduled * warmup_linear(done, self.options.warmup)
+        return self._scheduled
+
+    @property
+    def _scheduled(self) -> float:
+        """That rate as the optimiser takes it: BertAdam brings warm-up and linear decay itself."""
         options = self.options
         total = options.epochs * self.steps_per_epoch
-        rising = round(options.warmup * total)
+        rising = 0 if options.optimiser == "bertadam" else round(options.warmup * total)
         if self.steps < rising:
             return options.learning_rate * (self.steps + 1) / rising
         if options.schedule == "cosine":
@@ -66,9 +75,11 @@ class TrainingState:
     def step(self) -> float:
         """One update with the gradients that were added since the last; their norm before clipping."""
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip_norm or math.inf)
+        per_tensor = self.options.optimiser == "bertadam"  # it clips each tensor itself
+        limit = math.inf if per_tensor else self.options.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate * group["factor"]
+            group["lr"] = self._scheduled * group["factor"]
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.steps += 1
@@ -132,8 +143,13 @@ class TrainingState:
         for name, value in _under(tensors, "optimiser.").items():
             parameter, _, key = name.rpartition(".")
             weights = self.parameters[parameter]
-            # Adam counts its steps on the CPU wherever the weights are.
-            self.optimiser.state[weights][key] = value if key == "step" else value.to(weights.device)
+            # Adam counts its steps on the CPU wherever the weights are, BertAdam in a plain number.
+            if key == "step":
+                self.optimiser.state[weights][key] = (
+                    int(value.item()) if isinstance(self.optimiser, BertAdam) else value
+                )
+            else:
+                self.optimiser.state[weights][key] = value.to(weights.device)
         self.epoch, self.steps = facts["epoch"], facts["steps"]
         self.best_epoch, self.best_rsum = facts["best_epoch"], facts["best_rsum"]
         if "scaler" in facts:
@@ -149,7 +165,7 @@ class TrainingState:
         return Unfinished(rng=[_under(rng, f"{rank}.") for rank in range(ranks)], **facts["unfinished"])
 
 
-def _optimiser(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+def _optimiser(recipe: Recipe, parameters: dict[str, nn.Parameter], *, total_steps: int) -> torch.optim.Optimizer:
     """Parameters in groups by learning rate and weight decay."""
     options = recipe.train
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -164,6 +180,14 @@ def _optimiser(recipe: Recipe, parameters: dict[str, nn.Parameter]) -> torch.opt
     described = [
         {"params": members, "factor": factor, "weight_decay": decay} for (factor, decay), members in groups.items()
     ]
+    if options.optimiser == "bertadam":
+        return BertAdam(
+            described,
+            lr=options.learning_rate,
+            total_steps=total_steps,
+            warmup=options.warmup,
+            clip_norm=options.clip_norm,
+        )
     optimiser = torch.optim.AdamW if options.optimiser == "adamw" else torch.optim.Adam
     return optimiser(described, lr=options.learning_rate)
 

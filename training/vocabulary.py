@@ -9,6 +9,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from dualmatch.models.config import TextConfig
 from dualmatch.models.text import minilm_folder
 
+from .authors_data import bert_tokenizer, read_pieces
+from .word_weights import weights_path
+
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0 to 3, as in the authors' vocabularies
 
 
@@ -38,8 +41,16 @@ def word_level_tokenizer(captions: Iterable[str], *, min_count: int) -> Tokenize
     return tokenizer
 
 
-def build_tokenizer(config: TextConfig, captions: Iterable[str], *, min_count: int) -> Tokenizer:
-    """The tokenizer that goes with a text encoder: the pretrained weights' own, or words counted in `captions`."""
+def build_tokenizer(
+    config: TextConfig, captions: Iterable[str], *, min_count: int, word_weights: str = ""
+) -> Tokenizer:
+    """The tokenizer that goes with a text encoder: the pretrained weights' own, or words counted in `captions`.
+
+    Raises:
+        DualmatchError: the pretrained weights' vocabulary is not there.
+    """
+    if config.pretrained == "file" and config.encoder == "bert":
+        return bert_tokenizer(read_pieces(weights_path(word_weights, config) / "vocab.txt"))
     if config.pretrained == "minilm":
         tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
         tokenizer.no_truncation()

@@ -40,13 +40,17 @@ class Session(ABC):
     outputs: tuple[TensorSpec, ...]
     backend: str
     provider: str
+    _closed = False
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once.
 
         Raises:
             DualmatchError: a feed is missing, unknown, or of another dtype or shape than the graph takes, or an output is not finite.
+            RuntimeError: the session was closed.
         """
+        if self._closed:
+            raise RuntimeError(f"this {self.backend} session is closed.")
         self._check_feeds(feeds)
         results = self._run(feeds)
         for name, value in results.items():
@@ -76,7 +80,9 @@ class Session(ABC):
 
     def close(self) -> None:
         """Release the graph; the session cannot be used afterwards."""
-        self._release()
+        if not self._closed:
+            self._closed = True
+            self._release()
 
     def __enter__(self) -> Self:
         return self

@@ -60,6 +60,4 @@ def _item_from_entry(entry: Any, images: Path, where: str, faults: Faults) -> Im
         raise DualmatchError(
             f'{where} has no captions: "captions" must be a list of at least one, found {json_kind(captions)}.'
         )
-    return ImageItem(
-        id=str(path), split=split, captions=checked_captions(captions, where, faults), path=images / path
-    )
+    return ImageItem(id=str(path), split=split, captions=checked_captions(captions, where, faults), path=images / path)

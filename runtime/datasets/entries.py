@@ -91,7 +91,7 @@ def checked_captions(captions: Sequence[Any], where: str, faults: Faults) -> tup
             raise DualmatchError(
                 f"{where}: caption {position} must be a text that is not empty, found {json_kind(caption)}."
             )
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption):
             raise DualmatchError(f"{where}: caption {position} is not valid Unicode (half of a surrogate pair).")
         if caption.strip():
             good.append(caption)

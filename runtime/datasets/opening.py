@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dualmatch.runtime.errors import DualmatchError
@@ -83,8 +83,9 @@ def open_dataset(name_or_path: str | Path, faults: Faults | None = None) -> Data
             f"({gone[0].path})."
         )
     for item in gone:
-        faults.add(MISSING_FILES, f"{item.path}")
-    return dataset
+        faults.add(MISSING_FILES, f"{item.id} ({item.split}): {item.path}")
+    absent = {item.id for item in gone}
+    return replace(dataset, items=tuple(item for item in dataset.items if item.id not in absent)) if gone else dataset
 
 
 def _named(name_or_path: str | Path) -> tuple[str | None, Path]:
@@ -137,7 +138,9 @@ def _hint(path: Path) -> str:
             return f" ({kind})"
     if any(path.glob("*_feat???.h5")) or any(path.glob("*_cls_prob.npy")):
         return " (VLP's region features, which --regions takes; --data is the folder with images and captions)"
-    return ""
+    inside = sorted(folder for folder in path.iterdir() if folder.is_dir())[:20]
+    data_sets = [folder for folder in inside if any(layout.fits(folder) for layout in _LAYOUTS.values())]
+    return f" ({', '.join(str(folder) for folder in data_sets)} can be read)" if data_sets else ""
 
 
 def _missing(items: Sequence[ImageItem]) -> list[ImageItem]:

@@ -130,9 +130,7 @@ class ScanRegions:
         files = sorted(path.glob(f"*{IMAGES_SUFFIX}")) if path.is_dir() else [path]
         names = [file.name.removesuffix(IMAGES_SUFFIX).removesuffix(".npy") for file in files]
         self.path = path
-        self.images = {
-            SPLIT_NAMES.get(name, name): open_images(file) for name, file in zip(names, files, strict=True)
-        }
+        self.images = {SPLIT_NAMES.get(name, name): open_images(file) for name, file in zip(names, files, strict=True)}
         shapes = {array.shape[1:] for array in self.images.values()}
         if len(shapes) > 1:
             raise DualmatchError(f"the region files in {path} differ in shape: {', '.join(map(str, sorted(shapes)))}.")

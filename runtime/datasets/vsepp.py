@@ -93,7 +93,9 @@ class _CocoFile:
         content = read_json(path, "COCO's captions")
         try:
             self.names = {int(image["id"]): image["file_name"] for image in content["images"]}
-            self.annotations = {int(one["id"]): (int(one["image_id"]), one["caption"]) for one in content["annotations"]}
+            self.annotations = {
+                int(one["id"]): (int(one["image_id"]), one["caption"]) for one in content["annotations"]
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise DualmatchError(
                 f'{path}: expected COCO\'s "images" (id, file_name) and "annotations" (id, image_id, caption), '

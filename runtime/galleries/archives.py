@@ -1,9 +1,10 @@
 """Photographs in tar archives, webdataset's layout: headers are read once, then any photograph is one read at an offset."""
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dualmatch.runtime.errors import DualmatchError
 
@@ -42,13 +43,18 @@ def photos_of_tars(archives: Sequence[Path], root: Path) -> list[Photo]:
     Raises:
         DualmatchError: an archive that cannot be opened, or no photograph in all of them.
     """
-    photos = [photo for archive in archives for photo in _photos(archive, archive.relative_to(root).as_posix())]
+    return photos_of_archives([(archive, archive.relative_to(root).as_posix()) for archive in archives], TarPhoto)
+
+
+def photos_of_archives(archives: Sequence[tuple[Any, str]], member_type: Callable[..., Photo]) -> list[Photo]:
+    """As `photos_of_tars`, of (archive, its name in ids): an archive is whatever opens as a path does, a photograph a `member_type`."""
+    photos = [photo for archive, name in archives for photo in _photos(archive, name, member_type)]
     if not photos:
-        raise DualmatchError(f"no photograph in the {len(archives)} archive(s) {archives[0]} …")
+        raise DualmatchError(f"no photograph in the {len(archives)} archive(s) {archives[0][0]} …")
     return photos
 
 
-def _photos(archive: Path, name: str) -> Iterator[Photo]:
+def _photos(archive: Any, name: str, member_type: Callable[..., Photo]) -> Iterator[Photo]:
     try:
         with archive.open("rb") as file:
             tar = None
@@ -57,7 +63,7 @@ def _photos(archive: Path, name: str) -> Iterator[Photo]:
                 while (member := tar.next()) is not None:
                     vars(tar)["members"] = []  # else the headers of a million members stay in memory
                     if is_photo_name(PurePosixPath(member.name).name):
-                        yield _photo(archive, name, member)
+                        yield _photo(archive, name, member, member_type)
                 problem = _problem_at_end(file.seek(tar.offset), file.read(512))
             except DualmatchError:
                 raise
@@ -70,11 +76,11 @@ def _photos(archive: Path, name: str) -> Iterator[Photo]:
         raise DualmatchError(f"archive {archive} cannot be read: {error.strerror or error}.") from None
 
 
-def _photo(archive: Path, name: str, member: tarfile.TarInfo) -> Photo:
+def _photo(archive: Any, name: str, member: tarfile.TarInfo, member_type: Callable[..., Photo]) -> Photo:
     id_ = f"{name}/{PurePosixPath(member.name).as_posix().lstrip('/')}"
     if not member.isreg() or member.issparse():
         return LostPhoto(id=id_, reason="it is not a plain file in its archive")
-    return TarPhoto(id=id_, archive=archive, offset=member.offset_data, size=member.size)
+    return member_type(id=id_, archive=archive, offset=member.offset_data, size=member.size)
 
 
 def _problem_at_end(offset: int, block: bytes) -> str | None:

@@ -69,7 +69,7 @@ class _Column:
     """Random access to a column's values, cheap as long as rows are asked for nearly in order."""
 
     def __init__(self, path: Path, column: str | None) -> None:
-        self.path = path
+        self.path, self._asked = path, column
         self._file = _Parquet(path) if path.suffix.lower() == ".parquet" else _Arrow(path)
         self._column = _chosen(self._file.schema, column, path)
         self._starts = [0]
@@ -79,6 +79,10 @@ class _Column:
         self._lock = Lock()
         self._chunks: OrderedDict[tuple[int, int], list[bytes | None]] = OrderedDict()
         self._running: tuple[int, int, Iterator[Any]] | None = None
+
+    def __reduce__(self) -> tuple[type["_Column"], tuple[Path, str | None]]:
+        """Sent to another process, it opens the file there."""
+        return _Column, (self.path, self._asked)
 
     def value(self, row: int) -> bytes | None:
         """The bytes of a row.

@@ -177,7 +177,19 @@ class GalleryIndex:
         """
         refuse_other_kind(gallery, "a gallery")
         path = gallery / INDEX_FILE
-        content = read_json(path, f"gallery {gallery}")
+        return cls._of(read_json(path, f"gallery {gallery}"), path)
+
+    @classmethod
+    def parsed(cls, data: bytes, path: str) -> Self:
+        """As `read`, of bytes that were fetched from `path`."""
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise DualmatchError(f"{path} cannot be read as JSON ({error}).") from None
+        return cls._of(content, path)
+
+    @classmethod
+    def _of(cls, content: Any, path: Path | str) -> Self:
         try:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise DualmatchError(f"{path} is not the index of a gallery.")

@@ -21,7 +21,7 @@ def files_of(pattern: str | Path) -> list[Path]:
         return [Path(pattern)]
     found: list[Path] = []
     missing: list[str] = []
-    for part in _expanded(str(pattern)):
+    for part in expanded(str(pattern)):
         matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part] * Path(part).exists()  # noqa: PTH207  (a pattern may be absolute)
         found += map(Path, matches)
         if not matches:
@@ -31,7 +31,7 @@ def files_of(pattern: str | Path) -> list[Path]:
     return found
 
 
-def _expanded(pattern: str) -> list[str]:
+def expanded(pattern: str) -> list[str]:
     """Braces written out, as a shell does: `{a,b}` and `{000..011}`, whose leading zeros keep the width."""
     braces = BRACES.search(pattern)
     if braces is None:
@@ -46,4 +46,4 @@ def _expanded(pattern: str) -> list[str]:
     else:
         choices = inside.split(",")
     before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return [before + choice + rest for choice in choices for rest in _expanded(after)]
+    return [before + choice + rest for choice in choices for rest in expanded(after)]

@@ -15,6 +15,7 @@ from .archives import photos_of_tars
 from .columns import photos_of_columns
 from .patterns import files_of
 from .photos import PHOTO_SUFFIXES, FilePhotos, Photo, is_photo_name
+from .urls import is_url, local_path, photos_of_url
 
 TAR_SUFFIXES, COLUMN_SUFFIXES = (".tar",), (".parquet", ".arrow")
 STDIN = "-"
@@ -49,8 +50,9 @@ def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Phot
     - A list (`.txt`, or `-` for standard input) names one file a line, relative to the list (to the working directory), and keeps its order.
     - `.tar` (webdataset's layout): every photograph in it, in the archive's order; not compressed, so that any of them can be reached at once.
     - `.parquet`, or `.arrow` as Hugging Face `datasets` saves it: encoded photographs in a column of bytes or of `{bytes, path}`.
+    - A list or archives in an object store, by URL (`s3://…`), see `urls.py`.
 
-    Of the last two, several may be given by a pattern (`shards/*.tar`, `shards/{000..099}.tar`), in the order of the pattern or of their names.
+    Several archives or tables may be given by a pattern (`shards/*.tar`, `shards/{000..099}.tar`), in the order of the pattern or of their names.
     Whether a photograph can be decoded shows at encoding.
 
     Args:
@@ -62,15 +64,17 @@ def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Phot
     """
     if str(source) == STDIN:
         return _photos_of_lines(_text_of("standard input", sys.stdin.buffer.read()), Path(), "standard input")
-    path = Path(source)
+    if is_url(source):
+        return photos_of_url(str(source), ids_of_lines)
+    path = source = local_path(source)
     if path.is_dir():
         return _photos_of_folder(path)
     files = files_of(source)
     suffixes = {file.suffix.lower() for file in files}
     if files and suffixes <= set(TAR_SUFFIXES):
-        return photos_of_tars(files, photos_root(source))
+        return photos_of_tars(files, _folder_of(files))
     if files and suffixes <= set(COLUMN_SUFFIXES):
-        return photos_of_columns(files, photos_root(source), column)
+        return photos_of_columns(files, _folder_of(files), column)
     if not files:
         raise DualmatchError(f"photographs: there is no folder, list, archive or pattern's match {source}.")
     if suffixes != {".txt"} or len(files) > 1:
@@ -80,14 +84,20 @@ def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Phot
     return _photos_of_lines(_decoded(path), path.parent, str(path))
 
 
-def photos_root(source: str | Path) -> Path:
-    """The folder that the ids of `photos_in(source)` are relative to."""
+def photos_root(source: str | Path) -> Path | None:
+    """The folder that the ids of `photos_in(source)` are relative to; None where they lie in an object store."""
+    if is_url(source):
+        return None
     if str(source) == STDIN:
         return Path()
-    path = Path(source)
+    path = local_path(source)
     if path.is_dir():
         return path
-    parents = {file.parent for file in files_of(source)} or {path.parent}
+    return _folder_of(files_of(path) or [path])
+
+
+def _folder_of(files: Sequence[Path]) -> Path:
+    parents = {file.parent for file in files}
     return parents.pop() if len(parents) == 1 else Path(os.path.commonpath(parents))
 
 
@@ -149,17 +159,30 @@ def _photos_of_folder(folder: Path) -> FilePhotos:
 
 
 def _photos_of_lines(text: str, folder: Path, name: str) -> FilePhotos:
+    return FilePhotos(_ids_of_lines(text, name), folder)
+
+
+def ids_of_lines(data: bytes, name: str) -> list[str]:
+    """The lines of a list of photographs; `name` is the list's, for errors.
+
+    Raises:
+        DualmatchError: not UTF-8, an empty line, one that occurs twice, or none.
+    """
+    return _ids_of_lines(_text_of(name, data), name)
+
+
+def _ids_of_lines(text: str, name: str) -> list[str]:
     first_line: dict[str, int] = {}
     for number, line in _lines(text):
         if not line:
             raise DualmatchError(f"{name}, line {number}: the line is empty; remove it or fill it in.")
-        id_ = PurePosixPath(line).as_posix()
+        id_ = line if "://" in line else PurePosixPath(line).as_posix()
         if id_ in first_line:
             raise DualmatchError(f"{name}, line {number}: {id_!r} stands on line {first_line[id_]} already.")
         first_line[id_] = number
     if not first_line:
         raise DualmatchError(f"photographs: the list of {name} is empty.")
-    return FilePhotos(list(first_line), folder)
+    return list(first_line)
 
 
 def _captions_of_text(path: Path) -> Iterator[tuple[str, CaptionSource]]:

@@ -113,7 +113,7 @@ def begin(out: Path, plan: GalleryIndex, *, resume: bool) -> tuple[GalleryIndex,
         state = "finished" if index.complete else "unfinished"
         advice = "remove it first" if index.complete else "go on with --resume"
         raise DualmatchError(f"gallery {out} exists and is {state}: {advice}, or give another path.")
-    _require_same(out, index, plan)
+    require_same(out, index, plan)
     Gallery(out, index)  # checks sizes and shapes of the finished shards
     with writing(out, index):
         _cut_back(out, index)
@@ -175,7 +175,12 @@ def writing(out: Path, index: GalleryIndex) -> Iterator[None]:
         ) from None
 
 
-def _require_same(out: Path, index: GalleryIndex, plan: GalleryIndex) -> None:
+def require_same(out: Path | str, index: GalleryIndex, plan: GalleryIndex) -> None:
+    """Refuse to go on with a gallery that was begun otherwise than planned.
+
+    Raises:
+        DualmatchError: another source list, bundle or cut into shards.
+    """
     for name, what in {
         "kind": "kind",
         "bundle_hash": "bundle hash",

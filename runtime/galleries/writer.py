@@ -56,6 +56,7 @@ def write_gallery(
     bundle_path: Path,
     bundle_hash: str,
     root: Path | None = None,
+    source_hash: str | None = None,
     rows: tuple[int, int | None] | None = None,
     batch_size: int = 32,
     rows_per_shard: int | None = None,
@@ -77,6 +78,7 @@ def write_gallery(
         kind: what is encoded.
         bundle_path, bundle_hash: the bundle that the encoder runs, recorded so that search can refuse another.
         root: the folder that photographs' ids are relative to, recorded so that search can show them.
+        source_hash: `hash_of(sources)`, where it is known: then only the asked rows of `sources` are looked at.
         rows: encode source rows [A, B) only; both are multiples of `rows_per_shard`, B may be the end of the sources, or None for it.
         batch_size, rows_per_shard: how rows are cut; a shard is whole batches (by default about 4096 rows).
         dtype: of the stored vectors.
@@ -90,13 +92,7 @@ def write_gallery(
             repeated ids; a source that cannot be read under `on_error="fail"`, or none that can; an encoder that gives
             another shape or dtype, NaN, infinity or a zero vector; a disk that cannot be written.
     """
-    if batch_size < 1:
-        raise DualmatchError(f"the batch size must be at least 1, got {batch_size}.")
-    if rows_per_shard is None:
-        rows_per_shard = max(1, DEFAULT_ROWS_PER_SHARD // batch_size) * batch_size
-    if rows_per_shard < 1 or rows_per_shard % batch_size:
-        raise DualmatchError(f"rows per shard ({rows_per_shard}) must be a multiple of the batch size ({batch_size}).")
-    plan = GalleryIndex(
+    plan = planned(
         kind=kind,
         bundle_path=_relative(bundle_path, out),
         bundle_hash=bundle_hash,
@@ -105,10 +101,9 @@ def write_gallery(
         batch_size=batch_size,
         rows_per_shard=rows_per_shard,
         root=None if root is None else _relative(root, out),
-        rows=len(sources),
-        source_hash=_hash_of(sources),
-        quarantine=FileRecord(file=QUARANTINE_FILE, bytes=0, sha256=sha256_of_bytes(b"")),
-        part=_part(rows, len(sources), rows_per_shard),
+        total=len(sources),
+        source_hash=source_hash or hash_of(sources),
+        rows=rows,
     )
     existed = out.exists()
     try:
@@ -134,6 +129,43 @@ def write_gallery(
         count=done.count,
         quarantined=done.quarantined,
         resumed_rows=resumed_rows,
+    )
+
+
+def planned(
+    *,
+    kind: Kind,
+    bundle_path: str,
+    bundle_hash: str,
+    dimension: int,
+    dtype: Literal["float16", "float32"],
+    batch_size: int,
+    rows_per_shard: int | None,
+    root: str | None,
+    total: int,
+    source_hash: str,
+    rows: tuple[int, int | None] | None = None,
+) -> GalleryIndex:
+    """The index of a gallery that is yet to be encoded, without shards; arguments as of `write_gallery`, paths relative to the gallery."""
+    if batch_size < 1:
+        raise DualmatchError(f"the batch size must be at least 1, got {batch_size}.")
+    if rows_per_shard is None:
+        rows_per_shard = max(1, DEFAULT_ROWS_PER_SHARD // batch_size) * batch_size
+    if rows_per_shard < 1 or rows_per_shard % batch_size:
+        raise DualmatchError(f"rows per shard ({rows_per_shard}) must be a multiple of the batch size ({batch_size}).")
+    return GalleryIndex(
+        kind=kind,
+        bundle_path=bundle_path,
+        bundle_hash=bundle_hash,
+        dimension=dimension,
+        dtype=dtype,
+        batch_size=batch_size,
+        rows_per_shard=rows_per_shard,
+        root=root,
+        rows=total,
+        source_hash=source_hash,
+        quarantine=FileRecord(file=QUARANTINE_FILE, bytes=0, sha256=sha256_of_bytes(b"")),
+        part=_part(rows, total, rows_per_shard),
     )
 
 
@@ -219,7 +251,13 @@ class _Run(Generic[SourceT]):
             raise DualmatchError(f"cannot read {entry['id']} (row {entry['row']}): {entry['reason']}.")
         self.unsharded.append(stored)
         end = stored.rows.stop
-        if end == self.index.part[1] and not self.index.count and not any(one.items for one in self.unsharded):
+        # Of a part this is no verdict: the other parts may be readable, and the merge needs it.
+        if (
+            self._part() == range(self.index.rows)
+            and end == self.index.rows
+            and not self.index.count
+            and not any(one.items for one in self.unsharded)
+        ):
             entry = json.loads(next(one.quarantined[0] for one in self.unsharded))
             raise _NothingReadableError(
                 f"none of the {len(self._part())} sources could be read; {entry['id']}: {entry['reason']}."
@@ -284,7 +322,12 @@ def _storable(encoded: NDArray[np.float32], index: GalleryIndex, ids: Sequence[s
     return stored
 
 
-def _hash_of(sources: Sequence[Source]) -> str:
+def hash_of(sources: Sequence[Source]) -> str:
+    """SHA-256 of ids and fields, in their order.
+
+    Raises:
+        DualmatchError: no sources, or an id that occurs twice.
+    """
     if not sources:
         raise DualmatchError("there is nothing to encode: the list of sources is empty.")
     digest = hashlib.sha256()

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dualmatch.export.graph import export_encoder, largest_difference
+from dualmatch.export.graph import export_encoder
 from dualmatch.export.half import to_half
 from dualmatch.runtime.backends import open_session
 from dualmatch.runtime.parity import TOLERANCES
 
+from ..agreement import largest_difference  # noqa: TID252  (the tests are no package)
 from .cases import folders_of
 from .dsran_case import DsranCase
 

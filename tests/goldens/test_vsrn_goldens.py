@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from dualmatch.export.graph import export_encoder, largest_difference
+from dualmatch.export.graph import export_encoder
 from dualmatch.export.half import to_half
 from dualmatch.models import VSRN, from_authors
 from dualmatch.models.authors import read_checkpoint, vsrn_from_authors
@@ -19,6 +19,7 @@ from dualmatch.runtime.backends import open_session
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.training.loss import hinge_loss
 
+from ..agreement import largest_difference  # noqa: TID252  (the tests are no package)
 from .cases import folders_of, golden_folder, read_json
 from .vsrn_case import VsrnCase
 
