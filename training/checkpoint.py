@@ -23,7 +23,7 @@ from dualmatch.models.config import PadPolicy, TextConfig
 from dualmatch.models.trunks import build_trunk, preprocess_of
 from dualmatch.models.vsrn_config import VsrnConfig
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.files import read_json, sha256_of_file, write_atomically
+from dualmatch.runtime.files import read_json, refuse_other_kind, sha256_of_file, write_atomically
 from dualmatch.runtime.preprocess import Preprocess
 from dualmatch.runtime.tokenizer import CaptionTokenizer, TokenizerOptions
 
@@ -124,6 +124,7 @@ def read_run_json(folder: Path) -> dict[str, Any]:
         raise DualmatchError(
             f"there is no run folder {folder}; `dualmatch train RECIPE --data DATA --out {folder}` makes one."
         )
+    refuse_other_kind(folder, "a training run")
     if not (folder / "run.json").is_file():
         raise DualmatchError(f"{folder} is not a training run: it has no run.json.")
     values = read_json(folder / "run.json", "training run")

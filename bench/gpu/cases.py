@@ -244,7 +244,9 @@ def _not_run(
 
 def _ratios(report: dict[str, Any]) -> None:
     """How many times as fast as torch eager at the same precision, and as onnxruntime CUDA, in this run."""
-    rate = {(c["encoder"], c["precision"], c["batch"], c["backend"]): c["item_throughput"]["avg"] for c in report["cases"]}
+    rate = {
+        (c["encoder"], c["precision"], c["batch"], c["backend"]): c["item_throughput"]["avg"] for c in report["cases"]
+    }
     for case in report["cases"]:
         key = (case["encoder"], case["precision"], case["batch"])
         for against in ("torch-eager", "torch-compile", "onnxruntime-cuda"):
