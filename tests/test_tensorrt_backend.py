@@ -408,5 +408,5 @@ def test_doors_refuse_what_they_do_not_open(monkeypatch, tmp_path):
         open_session(tmp_path / "x.onnx", backend="tensorrt-rtx")
     session = Machine(monkeypatch).session()
     session.close()
-    with pytest.raises(DualmatchError, match="session is closed"):
+    with pytest.raises(RuntimeError, match="session is closed"):
         embedded(session, tokens(1, 3))

@@ -141,8 +141,6 @@ class TensorrtSession(Session):
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         PROCESS.check()
-        if self._engine is None:
-            raise DualmatchError(f"this {self.backend} session is closed.")
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         pieces = plan_pieces(self._record.profiles, self.inputs, shapes, engine=self._record.file)
         lane = self._lane()
