@@ -45,8 +45,8 @@ def gallery(tmp_path_factory):
 @pytest.mark.parametrize("num_queries", [1, 3, 70])
 @pytest.mark.parametrize("k", [1, 10, 400, 5000])
 def test_every_engine_finds_what_sorting_finds(gallery, engine, num_queries, k):
-    if engine == "usearch":
-        pytest.importorskip("usearch")
+    if engine == "numkong":
+        pytest.importorskip("numkong")
     queries = np.concatenate([unit_table(num_queries, 24, seed=3), gallery.vectors()[40:41]])  # one with an equal
     scores, positions = gallery.search(queries, k, engine=engine)
     wanted_scores, wanted = by_sorting(queries, gallery.vectors(), k)
@@ -56,8 +56,8 @@ def test_every_engine_finds_what_sorting_finds(gallery, engine, num_queries, k):
 
 @engines
 def test_only_what_is_asked_for_is_searched(gallery, engine):
-    if engine == "usearch":
-        pytest.importorskip("usearch")
+    if engine == "numkong":
+        pytest.importorskip("numkong")
     among = np.random.default_rng(0).random(len(gallery)) < 0.1
     queries = unit_table(5, 24, seed=4)
     scores, positions = gallery.search(queries, 12, among=among, engine=engine, threads=3)
@@ -81,8 +81,8 @@ def test_a_score_does_not_depend_on_company_blocks_or_threads(gallery, monkeypat
 @engines
 def test_more_equals_than_candidates_still_come_by_position(tmp_path, engine):
     """A placeholder picture stands in a gallery a hundred times."""
-    if engine == "usearch":
-        pytest.importorskip("usearch")
+    if engine == "numkong":
+        pytest.importorskip("numkong")
     table = unit_table(300, 16)
     table[50:150] = table[7]
     gallery = write_table(tmp_path / "g", table, batch_size=50, rows_per_shard=100)
@@ -93,8 +93,8 @@ def test_more_equals_than_candidates_still_come_by_position(tmp_path, engine):
 @engines
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e6, 1e30])
 def test_long_and_short_queries_rank_alike(gallery, engine, scale):
-    if engine == "usearch":
-        pytest.importorskip("usearch")
+    if engine == "numkong":
+        pytest.importorskip("numkong")
     queries = unit_table(3, 24, seed=6)
     wanted = gallery.search(queries, 10)[1]
     assert gallery.search(queries * np.float32(scale), 10, engine=engine)[1].tolist() == wanted.tolist()
@@ -126,7 +126,7 @@ def test_damage_in_float16_that_would_rank_first_is_noticed(tmp_path, value):
 def test_the_engine_is_chosen_by_size_and_number_of_queries(monkeypatch):
     half, single = np.dtype(np.float16), np.dtype(np.float32)
     monkeypatch.setattr(exact, "find_spec", lambda _name: object())
-    assert exact.choose_engine(1, 2**31, half) == "usearch"
+    assert exact.choose_engine(1, 2**31, half) == "numkong"
     assert exact.choose_engine(64, 2**31, half) == "numpy"
     assert exact.choose_engine(1, 2**20, half) == "numpy"
     assert exact.choose_engine(1, 2**31, single) == "numpy"

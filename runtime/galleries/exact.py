@@ -19,15 +19,15 @@ from dualmatch.runtime.errors import DualmatchError
 Float32 = NDArray[np.float32]
 Positions = NDArray[np.int64]
 Piece = tuple[Positions, NDArray[Any]]
-Engine = Literal["numpy", "usearch"]
-ENGINES: tuple[Engine, ...] = ("numpy", "usearch")
+Engine = Literal["numpy", "numkong"]
+ENGINES: tuple[Engine, ...] = ("numpy", "numkong")
 
 SCORE_BYTES = 16 * 2**20  # of scores held at a time
 SPARE_CANDIDATES, MAX_CANDIDATES = 16, 4096  # beyond k at first, and where more are looked for among near-equal scores
 SLACK = 2e-6  # by which a product of matrices may differ from a sum, for vectors of about unit norm
 WIDEN_ROWS = 512  # widened at a time by a thread: half a megabyte to a few, so that it stays in the core's cache
-# usearch reads float16 once per query without widening it, NumPy widens once for all queries (docs/search.md, "Speed").
-FEW_QUERIES, USEARCH_BYTES = 4, 64 * 2**20
+# numkong reads float16 once per query without widening it, NumPy widens once for all queries (docs/search.md, "Speed").
+FEW_QUERIES, NUMKONG_BYTES = 4, 64 * 2**20
 # A float16's bits, moved to where float32 keeps them: sign, then exponent and fraction 13 bits higher. As the two count exponents
 # from 15 and 127, the number so read is 2^-112 times the float16's; the queries carry 2^112 in return. Exact, and ten times NumPy's cast.
 HALF_BITS = np.int32(-0x70002000)
@@ -36,8 +36,8 @@ HALF_SCALE = 112
 
 def choose_engine(num_queries: int, num_bytes: int, dtype: np.dtype[Any]) -> Engine:
     """What is faster at so many queries on so many bytes of vectors, among what is installed."""
-    worth_it = dtype == np.float16 and num_queries <= FEW_QUERIES and num_bytes >= USEARCH_BYTES
-    return "usearch" if worth_it and find_spec("usearch") is not None else "numpy"
+    worth_it = dtype == np.float16 and num_queries <= FEW_QUERIES and num_bytes >= NUMKONG_BYTES
+    return "numkong" if worth_it and find_spec("numkong") is not None else "numpy"
 
 
 def exact_search(
@@ -59,7 +59,7 @@ def exact_search(
         fetch: vectors at positions, float32 (n, D), to score candidates again.
         count: how many vectors the pieces have in all.
         engine: what finds candidates; the answer does not depend on it.
-        threads: that widen float16, or of usearch; a product of matrices uses those of NumPy's BLAS.
+        threads: that widen float16 for NumPy; a product of matrices uses those of NumPy's BLAS.
 
     Returns:
         scores float32 and positions int64, each (Q, min(k, count)), best first.
@@ -74,18 +74,20 @@ def exact_search(
     _, exponents = np.frexp(np.abs(queries).max(axis=1, initial=0))
     scaled = np.ldexp(queries, -exponents[:, None])
     while len(todo):
-        scan = _scan_with_usearch if engine == "usearch" else _scan_with_numpy
         asked = scaled[todo]
-        best = scan(pieces(), asked, num_candidates, threads)
+        if engine == "numkong":
+            best = _scan_with_numkong(pieces(), asked, num_candidates)
+        else:
+            best = _scan_with_numpy(pieces(), asked, num_candidates, threads)
         scores[todo], positions[todo] = scored_again(best.positions, asked, k, fetch)
         if num_candidates >= min(count, MAX_CANDIDATES):
             break
         # What was no candidate scores at most as the last candidate did, give or take the scan's error: is that clearly too little?
         error = SLACK * np.linalg.norm(asked, axis=1)
-        if engine == "usearch":
+        if engine == "numkong":
             error += np.linalg.norm(asked - asked.astype(np.float16), axis=1)
         todo = todo[best.scores[:, -1] + error >= scores[todo, -1]]
-        num_candidates = min(num_candidates if engine == "usearch" else 8 * num_candidates, count)
+        num_candidates = min(num_candidates if engine == "numkong" else 8 * num_candidates, count)
         engine = "numpy"
     return np.ldexp(scores, exponents[:, None]), positions
 
@@ -184,20 +186,14 @@ def widen(half: NDArray[np.float16], out: Float32) -> None:
     np.bitwise_and(bits, HALF_BITS, out=bits)
 
 
-def _scan_with_usearch(pieces: Iterable[Piece], queries: Float32, num_candidates: int, threads: int) -> _Best:
-    from usearch.index import MetricKind, search
+def _scan_with_numkong(pieces: Iterable[Piece], queries: Float32, num_candidates: int) -> _Best:
+    from numkong import cdist
 
     best = _Best(len(queries), num_candidates)
-    # Half-precision queries, because usearch compares vectors of one type.
+    # Half-precision queries, because it multiplies vectors of one type. One thread is as fast as memory.
     asked = queries.astype(np.float16)
     for positions, vectors in pieces:
-        found = search(vectors, asked, min(num_candidates, len(vectors)), MetricKind.IP, exact=True, threads=threads)
-        keys = np.asarray(found.keys).astype(np.int64).reshape(len(queries), -1)
-        scores = 1 - np.asarray(found.distances, dtype=np.float32).reshape(keys.shape)
-        require_finite(scores)
-        order = np.argsort(keys, axis=1)
-        keys, scores = np.take_along_axis(keys, order, axis=1), np.take_along_axis(scores, order, axis=1)
-        best.merge(np.arange(len(queries)), scores, positions[keys])
+        best.offer(slice(None), np.asarray(cdist(asked, vectors, "dot")).astype(np.float32), positions)
     return best
 
 

@@ -230,7 +230,7 @@ class Gallery:
         engine = engine or self.engine_for(len(queries), count)
         # A few queries go over a shard at once; a product of matrices over a block, which stays in the cache once widened.
         block = max(1, SEARCH_BLOCK_BYTES // (4 * self.dimension))
-        rows = self.index.rows_per_shard if engine == "usearch" or len(queries) <= FEW_QUERIES else block
+        rows = self.index.rows_per_shard if engine == "numkong" or len(queries) <= FEW_QUERIES else block
         return exact_search(
             partial(self.pieces, rows, among),
             queries,
