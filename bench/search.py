@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualmatch.runtime.files import sha256_of_bytes, write_atomically
-from dualmatch.runtime.galleries.edit import commit, write_shard
 from dualmatch.runtime.galleries.exact import ENGINES
 from dualmatch.runtime.galleries.gallery import Gallery
 from dualmatch.runtime.galleries.index import QUARANTINE_FILE, FileRecord, GalleryIndex, Shard
+from dualmatch.runtime.galleries.store import commit, write_shard
 
 from .environment import environment
 

@@ -19,11 +19,10 @@ from typing import Any, Literal
 from .bundle import Bundle
 from .errors import DualmatchError
 from .files import sha256_of_bytes
-from .galleries.edit import commit, relative
-from .galleries.index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex
+from .galleries.index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, relative
 from .galleries.photos import FilePhotos
 from .galleries.sources import photos_in, photos_root
-from .galleries.store import LOCK_FILE, is_own, locked, require_same
+from .galleries.store import LOCK_FILE, commit, is_own, locked, require_same
 from .galleries.urls import Folder, folder_at, is_url, local_path
 from .galleries.writer import OnError, Summary, hash_of, planned
 from .preprocess import MAX_PIXELS

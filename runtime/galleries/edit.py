@@ -9,19 +9,17 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, write_atomically
 
 from .gallery import Gallery, living_of
-from .index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, Shard, shard_files, shard_number
-from .store import LOCK_FILE, OWN_FILES, OWN_LEFTOVERS, locked
+from .index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, Shard, relative, shard_files, shard_number
+from .store import LOCK_FILE, commit, disk_errors, files_of, locked, remove_all_but, write_shard
 
 Duplicates = Literal["refuse", "first", "last"]
 Progress = Callable[[int, int], None]
@@ -41,51 +39,10 @@ def editing(path: Path) -> Iterator[Gallery]:
         yield gallery
 
 
-@contextmanager
-def disk_errors(path: Path, state: str) -> Iterator[None]:
-    """Turn the operating system's refusal to read or write into a sentence that says what state things are in."""
-    try:
-        yield
-    except OSError as error:
-        raise DualmatchError(f"gallery {path} cannot be written: {error.strerror or error}; {state}.") from None
-
-
 def sweep(gallery: Gallery) -> None:
     """Remove what no index names: files of killed changes."""
-    named = {INDEX_FILE, QUARANTINE_FILE, LOCK_FILE, *files_of(gallery.index)}
-    for path in list(gallery.path.iterdir()):
-        if path.name not in named and is_own(path.name):
-            path.unlink()
+    remove_all_but(gallery.path, {INDEX_FILE, QUARANTINE_FILE, LOCK_FILE, *files_of(gallery.index)})
     os.truncate(gallery.path / QUARANTINE_FILE, gallery.index.quarantine.bytes)
-
-
-def is_own(name: str) -> bool:
-    """Whether this is the name of a gallery's file, whole or left over."""
-    return bool(OWN_FILES.fullmatch(name) or OWN_LEFTOVERS.fullmatch(name))
-
-
-def files_of(index: GalleryIndex) -> set[str]:
-    """Names of the shards' files."""
-    return {record.file for shard in index.shards for record in (shard.vectors, shard.items)}
-
-
-def commit(out: Path, index: GalleryIndex) -> None:
-    """Let the index say what the files hold already; the directory is synced so that a power cut keeps that order."""
-    _sync(out)
-    write_atomically(out / INDEX_FILE, index.to_json())
-    _sync(out)
-
-
-def write_shard(out: Path, number: int, vectors: NDArray[Any], lines: Sequence[bytes]) -> tuple[FileRecord, FileRecord]:
-    """Write a shard's two files; nothing counts before an index names them."""
-    npy = BytesIO()
-    np.save(npy, np.ascontiguousarray(vectors), allow_pickle=False)
-    items = b"".join(line.rstrip(b"\n") + b"\n" for line in lines)
-    records = []
-    for name, data in zip(shard_files(number), (npy.getvalue(), items), strict=True):
-        write_atomically(out / name, data)
-        records.append(FileRecord(file=name, bytes=len(data), sha256=sha256_of_bytes(data)))
-    return records[0], records[1]
 
 
 def remove_items(path: Path, ids: Collection[str]) -> int:
@@ -296,19 +253,6 @@ def _quarantine(out: Path, index: GalleryIndex, other: Gallery, by: int) -> File
         os.fsync(file.fileno())
     data = path.read_bytes()
     return FileRecord(file=QUARANTINE_FILE, bytes=len(data), sha256=sha256_of_bytes(data))
-
-
-def relative(path: Path, gallery: Path) -> str:
-    """A path as seen from a gallery, with forward slashes."""
-    return Path(os.path.relpath(path.resolve(), gallery.resolve())).as_posix()
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def refuse_duplicates(gallery: Gallery, ids: Collection[str]) -> None:

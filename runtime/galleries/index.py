@@ -1,6 +1,7 @@
 """`index.json` of a gallery: what it holds, how source rows were cut, and which of its files are complete."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +246,11 @@ class GalleryIndex:
         ):
             raise ValueError("its fields contradict each other")
         return index
+
+
+def relative(path: Path, gallery: Path) -> str:
+    """A path as an index records it: seen from the gallery, with forward slashes."""
+    return Path(os.path.relpath(path.resolve(), gallery.resolve())).as_posix()
 
 
 def shard_files(number: int) -> tuple[str, str]:

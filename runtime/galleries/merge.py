@@ -7,10 +7,10 @@ from pathlib import Path
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, write_atomically
 
-from .edit import Duplicates, commit, disk_errors, is_own, is_part, joined, relative, without_duplicates
+from .edit import Duplicates, is_part, joined, without_duplicates
 from .gallery import Gallery
-from .index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex
-from .store import LOCK_FILE, locked, remove
+from .index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, relative
+from .store import commit, disk_errors, is_own, locked, remove
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,7 +38,7 @@ def merge(
     if (out / INDEX_FILE).exists():
         raise DualmatchError(f"gallery {out} exists already; give another path, or `gallery append` to it.")
     with disk_errors(out, "nothing is kept"), locked(out):
-        if foreign := sorted(path.name for path in out.iterdir() if path.name != LOCK_FILE and not is_own(path.name)):
+        if foreign := sorted(path.name for path in out.iterdir() if not is_own(path.name)):
             raise DualmatchError(f"{out} is no gallery but holds {foreign[0]}; give a path that does not exist yet.")
         try:
             remove(out)

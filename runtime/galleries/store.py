@@ -8,13 +8,15 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, sha256_of_file, write_atomically
@@ -103,7 +105,7 @@ def begin(out: Path, plan: GalleryIndex, *, resume: bool) -> tuple[GalleryIndex,
             try:
                 remove(out)
                 write_atomically(out / QUARANTINE_FILE, b"")
-                _commit(out, plan)
+                commit(out, plan)
             except BaseException:
                 remove(out)
                 raise
@@ -128,18 +130,9 @@ def append_shard(out: Path, index: GalleryIndex, stored: Sequence[Stored]) -> Ga
     assert stored[0].rows.start == index.next_row
     items = [line for one in stored for line in one.items]
     quarantined = [line for one in stored for line in one.quarantined]
-    npy = BytesIO()
-    np.save(npy, np.concatenate([one.vectors for one in stored]), allow_pickle=False)
-    written = []
-    for name, data in zip(shard_files(len(index.shards)), (npy.getvalue(), b"".join(items)), strict=True):
-        write_atomically(out / name, data)
-        written.append(FileRecord(file=name, bytes=len(data), sha256=sha256_of_bytes(data)))
+    written, listed = write_shard(out, len(index.shards), np.concatenate([one.vectors for one in stored]), items)
     shard = Shard(
-        first_row=index.next_row,
-        end_row=stored[-1].rows.stop,
-        count=len(items),
-        vectors=written[0],
-        items=written[1],
+        first_row=index.next_row, end_row=stored[-1].rows.stop, count=len(items), vectors=written, items=listed
     )
     log = index.quarantine
     if quarantined:
@@ -150,29 +143,54 @@ def append_shard(out: Path, index: GalleryIndex, stored: Sequence[Stored]) -> Ga
             os.fsync(file.fileno())
         log = FileRecord(file=QUARANTINE_FILE, bytes=path.stat().st_size, sha256=sha256_of_file(path))
     index = replace(index, shards=(*index.shards, shard), quarantine=log)
-    _commit(out, index)
+    commit(out, index)
     clear_journal(out, remove=index.complete)
     return index
+
+
+def write_shard(out: Path, number: int, vectors: NDArray[Any], lines: Sequence[bytes]) -> tuple[FileRecord, FileRecord]:
+    """Write a shard's two files, vectors and items (a JSON line each); nothing counts before an index names them."""
+    npy = BytesIO()
+    np.save(npy, np.ascontiguousarray(vectors), allow_pickle=False)
+    items = b"".join(line.rstrip(b"\n") + b"\n" for line in lines)
+    records = []
+    for name, data in zip(shard_files(number), (npy.getvalue(), items), strict=True):
+        write_atomically(out / name, data)
+        records.append(FileRecord(file=name, bytes=len(data), sha256=sha256_of_bytes(data)))
+    return records[0], records[1]
 
 
 def remove(out: Path) -> None:
     """Remove the gallery's files and leftovers, and nothing else; the index goes first, so that no half of it counts."""
     (out / INDEX_FILE).unlink(missing_ok=True)
+    remove_all_but(out, {LOCK_FILE})
+
+
+def remove_all_but(out: Path, kept: Collection[str]) -> None:
+    """Remove those of the gallery's own files and leftovers that are not named."""
     for path in list(out.iterdir()):
-        if is_own(path.name) and path.name != LOCK_FILE:
+        if is_own(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
 
 
+def files_of(index: GalleryIndex) -> set[str]:
+    """Names of the shards' files."""
+    return {record.file for shard in index.shards for record in (shard.vectors, shard.items)}
+
+
 @contextmanager
-def writing(out: Path, index: GalleryIndex) -> Iterator[None]:
-    """Turn the operating system's refusal to write (full disk, rights) into a sentence."""
+def disk_errors(out: Path, state: str) -> Iterator[None]:
+    """Turn the operating system's refusal to read or write (full disk, rights) into a sentence that says what state things are in."""
     try:
         yield
     except OSError as error:
-        raise DualmatchError(
-            f"gallery {out} cannot be written: {error.strerror or error}; "
-            f"{f'its first {index.rows_done} rows are' if index.shards else 'what it held is'} safe, go on with --resume."
-        ) from None
+        raise DualmatchError(f"gallery {out} cannot be written: {error.strerror or error}; {state}.") from None
+
+
+def writing(out: Path, index: GalleryIndex) -> AbstractContextManager[None]:
+    """`disk_errors` of an encoding that can be resumed."""
+    kept = f"its first {index.rows_done} rows are" if index.shards else "what it held is"
+    return disk_errors(out, f"{kept} safe, go on with --resume")
 
 
 def require_same(out: Path | str, index: GalleryIndex, plan: GalleryIndex) -> None:
@@ -204,10 +222,7 @@ def require_same(out: Path | str, index: GalleryIndex, plan: GalleryIndex) -> No
 def _cut_back(out: Path, index: GalleryIndex) -> None:
     """Take away what an interrupted run wrote beyond its last commit, but for the journal of what it was to write next."""
     confirmed = {LOCK_FILE, INDEX_FILE, QUARANTINE_FILE} | (set() if index.complete else {JOURNAL_FILE})
-    confirmed.update(record.file for shard in index.shards for record in (shard.vectors, shard.items))
-    for path in list(out.iterdir()):
-        if is_own(path.name) and path.name not in confirmed:
-            path.unlink()
+    remove_all_but(out, confirmed | files_of(index))
     log = out / QUARANTINE_FILE
     if log.stat().st_size > index.quarantine.bytes:
         os.truncate(log, index.quarantine.bytes)
@@ -215,7 +230,7 @@ def _cut_back(out: Path, index: GalleryIndex) -> None:
         raise DualmatchError(f"gallery {out}: {log.name} has been changed, so it cannot be resumed; encode it again.")
 
 
-def _commit(out: Path, index: GalleryIndex) -> None:
+def commit(out: Path, index: GalleryIndex) -> None:
     """Let the index say what the files hold already; the directory is synced so that a power cut keeps that order."""
     _sync(out)
     write_atomically(out / INDEX_FILE, index.to_json())

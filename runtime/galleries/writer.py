@@ -18,7 +18,7 @@ from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes
 
 from .gallery import Gallery
-from .index import QUARANTINE_FILE, FileRecord, GalleryIndex, Kind
+from .index import QUARANTINE_FILE, FileRecord, GalleryIndex, Kind, relative
 from .journal import Stored, append_record
 from .pipeline import GalleryEncoder, Source, SourceT, prepared_units
 from .store import append_shard, begin, locked, remove, writing
@@ -94,13 +94,13 @@ def write_gallery(
     """
     plan = planned(
         kind=kind,
-        bundle_path=_relative(bundle_path, out),
+        bundle_path=relative(bundle_path, out),
         bundle_hash=bundle_hash,
         dimension=encoder.dimension,
         dtype=dtype,
         batch_size=batch_size,
         rows_per_shard=rows_per_shard,
-        root=None if root is None else _relative(root, out),
+        root=None if root is None else relative(root, out),
         total=len(sources),
         source_hash=source_hash or hash_of(sources),
         rows=rows,
@@ -343,7 +343,3 @@ def hash_of(sources: Sequence[Source]) -> str:
 def _json_line(content: dict[str, Any]) -> bytes:
     # ASCII, because a file name that is not UTF-8 survives only escaped.
     return json.dumps(content).encode() + b"\n"
-
-
-def _relative(path: Path, gallery: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), gallery.resolve())).as_posix()
