@@ -1,43 +1,16 @@
 """The gate's findings to look at: one self-contained HTML page with the queries that flipped, their photographs as thumbnails."""
 
-import base64
-from collections.abc import Iterable, Sequence
-from html import escape
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image, ImageOps
 
 from .errors import DualmatchError
 from .files import write_atomically
+from .page import image_tag, page, shown, table, thumbnail
 from .stages import HALF_MAX, Magnitude
 from .verify import NamedFlip, Verification
 
 THUMBNAIL = 240  # pixels, the longer side
 NUM_PICTURED = 60  # flipped queries with thumbnails; the others follow as text, so that a broken export's page still opens on a phone
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #fafaf8; --card: #fff; --ink: #1c1c1a; --soft: #6a6a64; --line: #deded8;
-  --good: #1a7f4b; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #161614; --card: #21211f; --ink: #ececE6; --soft: #a0a098; --line: #3a3a36; --good: #5cc98f; --bad: #f2857c; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .25rem 0; } .soft { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
-.verdict { border-left: .3rem solid; padding: .4rem .8rem; background: var(--card); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th, td { overflow-wrap: normal; } /* a table that is too wide scrolls */
-article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem; margin: .8rem 0; }
-.row { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: .6rem; }
-figure { margin: 0; flex: 1 1 9rem; max-width: 15rem; min-width: 0; }
-figure img { display: block; max-width: 100%; height: auto; border-radius: .3rem; }
-figcaption { font-size: .8rem; color: var(--soft); }
-"""
 
 
 def check_report_path(path: Path) -> None:
@@ -68,21 +41,16 @@ def gate_report(found: Verification, *, title: str) -> str:
     """The page's HTML; every number on it is text."""
     kind = "good" if found.decision.verdict == "pass" else "bad"
     parts = [
-        f"<h1>{_shown(title)}</h1>",
-        f'<p class="verdict {kind}"><b>{found.decision.verdict.upper()}</b>: {_shown(found.decision.reason)}</p>',
+        f"<h1>{shown(title)}</h1>",
+        f'<p class="verdict {kind}"><b>{found.decision.verdict.upper()}</b>: {shown(found.decision.reason)}</p>',
         "<h2>Stages</h2>",
-        _table(("stage", "graph", "status", "found"), [(s.name, s.graph, s.status, s.found) for s in found.stages]),
+        table(("stage", "graph", "status", "found"), [(s.name, s.graph, s.status, s.found) for s in found.stages]),
         *_retrieval(found),
         *_tolerances(found),
         *(_magnitudes(name, tensors) for name, tensors in found.magnitudes.items() if tensors),
         *_flips(found),
     ]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_shown(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return page(title, "\n".join(parts))
 
 
 def _retrieval(found: Verification) -> list[str]:
@@ -100,13 +68,13 @@ def _retrieval(found: Verification) -> list[str]:
     ]
     return [
         "<h2>Retrieval on the same pairs</h2>",
-        _table(heads, rows),
-        f'<p class="soft">{_shown(str(comparison.before.protocol))}</p>',
+        table(heads, rows),
+        f'<p class="soft">{shown(str(comparison.before.protocol))}</p>',
         f"<p>Loss of Rsum {comparison.rsum_loss:.2f}, 95 % bound {comparison.bound:.2f}.</p>",
         f"<p>Same first answer {comparison.same_first:.2f} %, first ten in common {comparison.overlap_at_10:.2f} %.</p>",
         f"<p>Hits lost {comparison.hits_lost}, won {comparison.hits_won}, net {comparison.hits_won - comparison.hits_lost:+d}.</p>",
         "<h2>Cosine between before and after</h2>",
-        _table(("", "worst", "1st percentile", "median"), cosines),
+        table(("", "worst", "1st percentile", "median"), cosines),
     ]
 
 
@@ -120,16 +88,16 @@ def _tolerances(found: Verification) -> list[str]:
         rows.append(("loss of Rsum, at most", f"{allowed.rsum_loss:g}", f"{smallest.rsum_loss:g}"))
     else:
         rows.append(("difference of a component, at most", f"{allowed.component:g}", f"{smallest.component:g}"))
-    return ["<h2>Tolerances</h2>", _table(("", "allowed", "smallest that would have passed"), rows)]
+    return ["<h2>Tolerances</h2>", table(("", "allowed", "smallest that would have passed"), rows)]
 
 
 def _magnitudes(name: str, tensors: Sequence[Magnitude]) -> str:
     rows = [(one.tensor, one.operator, f"{one.largest:.4g}", f"{100 * one.share:.2f} %") for one in tensors]
-    table = _table(("tensor", "operator", "largest magnitude", "of float16's range"), rows)
+    tensors_table = table(("tensor", "operator", "largest magnitude", "of float16's range"), rows)
     return (
-        f"<h2>Largest magnitudes, {_shown(name)} encoder</h2>\n"
+        f"<h2>Largest magnitudes, {shown(name)} encoder</h2>\n"
         f'<p class="soft">On real inputs, in float32; float16 ends at {HALF_MAX:.0f}.</p>\n'
-        f"<details><summary>{len(rows)} tensors, the largest {rows[0][2]} ({rows[0][3]})</summary>\n{table}\n</details>"
+        f"<details><summary>{len(rows)} tensors, the largest {rows[0][2]} ({rows[0][3]})</summary>\n{tensors_table}\n</details>"
     )
 
 
@@ -143,32 +111,32 @@ def _flips(found: Verification) -> list[str]:
     parts += [_pictured(flip, found) for flip in flips[:NUM_PICTURED]]
     if rest := flips[NUM_PICTURED:]:
         rows = [(flip.direction, flip.query, str(flip.rank_before), str(flip.rank_after)) for flip in rest]
-        parts.append(_table(("", "query", "rank before", "rank after"), rows))
+        parts.append(table(("", "query", "rank before", "rank after"), rows))
     return parts
 
 
 def _pictured(flip: NamedFlip, found: Verification) -> str:
     of_image = flip.direction == "i2t"
     kind = "bad" if flip.rank_after > flip.rank_before else "good"
-    query = "" if of_image else f"<p>“{_shown(flip.query)}”</p>"
+    query = "" if of_image else f"<p>“{shown(flip.query)}”</p>"
     head = (
         f'<p><b>{flip.direction}</b> <span class="{kind}">rank {flip.rank_before} → {flip.rank_after}</span></p>{query}'
     )
     if of_image:
         figures = [_figure(flip.image, "the query", found)]
         answers = [("first before", flip.first_before), ("first after", flip.first_after)]
-        texts = "".join(f'<p><span class="soft">{label}:</span> “{_shown(text)}”</p>' for label, text in answers)
+        texts = "".join(f'<p><span class="soft">{label}:</span> “{shown(text)}”</p>' for label, text in answers)
         return f'<article>{head}{texts}<div class="row">{"".join(figures)}</div></article>'
-    shown = {flip.image: ["right"]}
-    shown.setdefault(flip.first_before, []).append("first before")
-    shown.setdefault(flip.first_after, []).append("first after")
-    figures = [_figure(image, ", ".join(labels), found) for image, labels in shown.items()]
+    pictured = {flip.image: ["right"]}
+    pictured.setdefault(flip.first_before, []).append("first before")
+    pictured.setdefault(flip.first_after, []).append("first after")
+    figures = [_figure(image, ", ".join(labels), found) for image, labels in pictured.items()]
     return f'<article>{head}<div class="row">{"".join(figures)}</div></article>'
 
 
 def _figure(image_id: str, label: str, found: Verification) -> str:
     picture = _thumbnail(image_id, found)
-    return f"<figure>{picture}<figcaption>{_shown(label)}: {_shown(image_id)}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{shown(label)}: {shown(image_id)}</figcaption></figure>"
 
 
 def _thumbnail(image_id: str, found: Verification) -> str:
@@ -176,22 +144,7 @@ def _thumbnail(image_id: str, found: Verification) -> str:
     if item is None:
         return "<p>no photograph</p>"
     try:
-        with item.open() as image:
-            small = ImageOps.contain(ImageOps.exif_transpose(image).convert("RGB"), (THUMBNAIL, THUMBNAIL))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        data = item.read_bytes()
+    except (OSError, DualmatchError):
         return "<p>cannot be shown</p>"  # it was encoded a moment ago: removed since
-    jpeg = BytesIO()
-    small.save(jpeg, "JPEG", quality=80)
-    source = base64.b64encode(jpeg.getvalue()).decode()
-    return f'<img alt="{_shown(image_id)}" width="{small.width}" height="{small.height}" src="data:image/jpeg;base64,{source}">'
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_shown(cell)}</th>" for cell in heads)
-    body = "\n".join("<tr>" + "".join(f"<td>{_shown(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
-
-
-def _shown(text: str) -> str:
-    # A file name that is not UTF-8 cannot be written into a page as it is.
-    return escape(text.encode(errors="replace").decode())
+    return image_tag(thumbnail(data, THUMBNAIL, name=image_id), image_id)

@@ -1,49 +1,22 @@
 """Search results to look at: one self-contained HTML page, or one PNG contact sheet."""
 
-import base64
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO
 from math import ceil
 from pathlib import Path
 from textwrap import wrap
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from .errors import DualmatchError
 from .files import write_atomically
+from .page import Markup, image_tag, page, shown, thumbnail
 
 HTML_THUMBNAIL = 320  # pixels, the longer side; sharp on dense screens at the size shown
 PNG_TILE, PNG_QUERY, PNG_GAP, PNG_COLUMNS = 200, 140, 16, 5  # pixels, pixels, pixels, hits side by side
 GROUND, INK, SOFT, RIGHT = "#fafaf8", "#1c1c1a", "#6a6a64", "#1a7f4b"
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #fafaf8; --card: #fff; --ink: #1c1c1a; --soft: #6a6a64; --line: #deded8; --right: #1a7f4b; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #161614; --card: #21211f; --ink: #ececE6; --soft: #a0a098; --line: #3a3a36; --right: #5cc98f; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 84rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
-p.note { margin: 0; color: var(--soft); }
-section { margin-top: 2.25rem; }
-h2 { display: flex; gap: .75rem; align-items: center; font-size: 1.15rem; margin: 0 0 .75rem; overflow-wrap: anywhere; }
-h2 img { height: 6rem; max-width: 45%; object-fit: contain; border-radius: .4rem; }
-ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 11.5rem), 1fr)); }
-li { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
-li.right { border-color: var(--right); box-shadow: 0 0 0 1px var(--right); }
-li > img, li > .missing { display: block; width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: var(--ground); }
-li > .missing { padding: 1rem; color: var(--soft); font-size: .85rem; overflow: auto; }
-li > p { margin: 0; padding: .5rem .7rem 0; }
-li > div.facts { display: flex; gap: .6rem; padding: .45rem .7rem .55rem; font-size: .8rem; color: var(--soft); }
-.facts b { color: var(--ink); font-variant-numeric: tabular-nums; }
-.facts .id { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.facts .mark { color: var(--right); font-weight: 600; white-space: nowrap; }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +26,22 @@ class Hit:
     Attributes:
         score: what the search ranked by.
         id: the item's id.
-        image: its photograph, if it has one.
+        image: its photograph, if it has one: a file, or a file's bytes.
         caption: its text, if it has one.
         image_id: for a caption, the id of the image it describes, where that is known.
         right: whether it is marked as a right answer.
+        rank: its place, where it is not the one that it is shown at.
+        alt: what the photograph shows, for those who do not see it; the caption by default.
     """
 
     score: float
     id: str
-    image: Path | None = None
+    image: Path | bytes | None = None
     caption: str | None = None
     image_id: str | None = None
     right: bool = False
+    rank: int | None = None
+    alt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,67 +78,42 @@ def search_sheet(searches: Sequence[Search], out: Path, *, title: str = "Search"
         raise DualmatchError(f"sheet {out} cannot be written: {error.strerror}.") from None
 
 
-def _thumbnail(path: Path, side: int) -> Image.Image | str:
-    """The photograph upright, in RGB on white, its longer side `side` pixels; or why there is none."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (side, side))  # JPEG decodes straight to a smaller size
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                upright = Image.new("RGBA", layer.size, "white")
-                upright.alpha_composite(layer)
-            return ImageOps.contain(upright.convert("RGB"), (side, side))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the file is damaged"
-        return f"{path.name} cannot be shown: {reason}"
-
-
 def _html(searches: Sequence[Search], title: str, note: str) -> str:
-    sections = "\n".join(
-        f"<section>\n<h2>{_html_query(search.query)}</h2>\n<ol>\n"
-        + "\n".join(_html_hit(rank, hit) for rank, hit in enumerate(search.hits, start=1))
-        + "\n</ol>\n</section>"
+    parts = [f"<h1>{shown(title)}</h1>"]
+    if note:
+        parts.append(f'<p class="soft">{shown(note)}</p>')
+    parts += [
+        f'<section>\n<h2 class="query">{_html_query(search.query)}</h2>\n{hit_list(search.hits)}\n</section>'
         for search in searches
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_shown(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{_shown(title)}</h1>\n"
-        + (f'<p class="note">{_shown(note)}</p>\n' if note else "")
-        + f"{sections}\n</body>\n</html>\n"
-    )
+    ]
+    return page(title, "\n".join(parts))
 
 
 def _html_query(query: str | Path) -> str:
     if isinstance(query, str):
-        return f"“{_shown(query)}”"
-    return _html_image(query, f"query: {query.name}") + f"<span>{_shown(query.name)}</span>"
+        return f"“{shown(query)}”"
+    picture = image_tag(thumbnail(query, HTML_THUMBNAIL), f"query: {query.name}")
+    return f"{picture}<span>{shown(query.name)}</span>"
 
 
-def _html_hit(rank: int, hit: Hit) -> str:
-    image = "" if hit.image is None else _html_image(hit.image, hit.caption or f"hit {rank}: {hit.id}")
-    caption = "" if hit.caption is None else f"<p>{_shown(hit.caption)}</p>"
-    mark = '<span class="mark">✓ right</span>' if hit.right else ""
-    return (
-        f'<li{" class=right" if hit.right else ""}>{image}{caption}<div class="facts"><span>{rank}</span>'
-        f'<span class="id" title="{_shown(hit.id)}">{_shown(hit.id)}</span>{mark}<b>{hit.score:.3f}</b></div></li>'
+def hit_list(hits: Sequence[Hit], *, side: int = HTML_THUMBNAIL) -> Markup:
+    """Hits as a list for a page, best first, the right ones marked; thumbnails of `side` pixels."""
+    return Markup(
+        '<ol class="hits">\n' + "\n".join(_html_hit(*pair, side) for pair in enumerate(hits, start=1)) + "\n</ol>"
     )
 
 
-def _html_image(path: Path, alternative: str) -> str:
-    image = _thumbnail(path, HTML_THUMBNAIL)
-    if isinstance(image, str):
-        return f'<div class="missing">{_shown(image)}</div>'
-    jpeg = BytesIO()
-    image.save(jpeg, "JPEG", quality=85, comment=b"")
-    source = base64.b64encode(jpeg.getvalue()).decode()
-    return f'<img alt="{_shown(alternative)}" src="data:image/jpeg;base64,{source}">'
-
-
-def _shown(text: str) -> str:
-    # A file name that is not UTF-8 cannot be written into a page as it is; control characters have no place in HTML at all.
-    return escape("".join(c if c >= " " or c in "\t\n" else "\ufffd" for c in text.encode(errors="replace").decode()))
+def _html_hit(rank: int, hit: Hit, side: int) -> str:
+    image = ""
+    if hit.image is not None:
+        name = hit.id if isinstance(hit.image, bytes) else ""
+        image = image_tag(thumbnail(hit.image, side, name=name), hit.alt or hit.caption or f"hit {rank}: {hit.id}")
+    caption = "" if hit.caption is None else f"<p>{shown(hit.caption)}</p>"
+    mark = '<span class="mark">✓ right</span>' if hit.right else ""
+    return (
+        f'<li{" class=right" if hit.right else ""}>{image}{caption}<div class="facts"><span>{hit.rank or rank}</span>'
+        f'<span class="id" title="{shown(hit.id)}">{shown(hit.id)}</span>{mark}<b>{hit.score:.3f}</b></div></li>'
+    )
 
 
 def _png(searches: Sequence[Search], title: str, note: str) -> bytes:
@@ -191,11 +143,11 @@ def _png_strip(search: Search, columns: int, width: int) -> Image.Image:
     draw = ImageDraw.Draw(strip)
     _draw_line(draw, (PNG_GAP, 2), text, 18, width=width - 2 * PNG_GAP)
     if isinstance(search.query, Path):
-        _draw_picture(strip, (PNG_GAP, 34), PNG_QUERY, _thumbnail(search.query, PNG_QUERY))
+        _draw_picture(strip, (PNG_GAP, 34), PNG_QUERY, thumbnail(search.query, PNG_QUERY))
     for index, hit in enumerate(search.hits):
         x, y = PNG_GAP + index % columns * (PNG_TILE + PNG_GAP), head + index // columns * cell
         _draw_picture(
-            strip, (x, y), PNG_TILE, (hit.caption or "") if hit.image is None else _thumbnail(hit.image, PNG_TILE)
+            strip, (x, y), PNG_TILE, (hit.caption or "") if hit.image is None else thumbnail(hit.image, PNG_TILE)
         )
         score = f"{index + 1}.  {hit.score:.3f}" + ("  right" if hit.right else "")
         _draw_line(draw, (x, y + PNG_TILE + 4), score, 14, width=PNG_TILE, colour=RIGHT if hit.right else INK)

@@ -78,7 +78,6 @@ ALSO = {
     "bench/ann.py": {"usearch"},
     "bench/scale.py": {"usearch"},
     "runtime/region_readers.py": {"h5py"},
-    "training/curves.py": {"matplotlib"},
     "training/treebank.py": {"nltk"},
     "bench/device.py": {"pynvml"},
     "bench/environment.py": {"onnxruntime", "torch", "cuda"},

@@ -395,7 +395,6 @@ def test_threads_change_nothing(tmp_path):
 
 
 def test_curves_and_tensorboard_are_kept_beside_the_run(tmp_path):
-    pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
