@@ -46,6 +46,7 @@ COMMANDS: Table = {
     ),
     "export": ("export", "Export a trained run as a bundle of two ONNX graphs, if recall survives."),
     "compile": ("compile", "Compile a bundle's graphs to TensorRT engines."),
+    "report": ("report", "One HTML page on a folder's runs, bundles and benchmarks, with pictures."),
     "sign": ("sign", "Sign a bundle, so that whoever opens it can require your signature."),
     "triton": ("triton", "Write a bundle as a model repository for NVIDIA's Triton server."),
 }
@@ -93,7 +94,7 @@ cli = click.version_option(package_name="dualmatch")(cli)
 _EXTRA_OF = {
     "torch": "train", "transformers": "train", "safetensors": "train", "onnx": "export", "onnxscript": "export",
     "onnxruntime": "cpu", "psutil": "bench", "tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt",
-    "cryptography": "sign", "openvino": "openvino", "matplotlib": "train", "tensorboard": "train",
+    "cryptography": "sign", "openvino": "openvino", "tensorboard": "train",
 }  # fmt: skip
 
 

@@ -1,0 +1,233 @@
+"""The report's sections with photographs: every trained network run on a data set, its answers, its failures, where it looks."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualmatch.runtime import streaming
+from dualmatch.runtime.datasets import Dataset
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.evaluate import encode_dataset
+from dualmatch.runtime.page import image_tag, shown, thumbnail
+from dualmatch.runtime.recall import Ranks, Recall
+from dualmatch.runtime.regions import RegionFile
+from dualmatch.runtime.sheet import Hit, hit_list
+
+from .found import Findings, FoundBundle, Values
+from .parts import Section
+
+TOP = 5
+NUM_FAILURES, NUM_DISAGREEMENTS = 3, 2  # each way, for every network
+THUMBNAIL = 200  # pixels, the longer side
+PICTURES_STYLE = """
+.answers { margin-top: .6rem; } .answers > p { font-size: .85rem; margin: 0 0 .3rem; }
+.answers .hits { grid-template-columns: repeat(auto-fill, minmax(min(48%, 7.5rem), 1fr)); gap: .5rem; } .answers .facts { padding: .25rem .4rem; gap: .4rem; font-size: .75rem; }
+.answers .facts .id { display: none; } .query-photo { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: start; }
+.query-photo > figure { flex: 0 0 auto; margin-top: .6rem; } .query-photo > .lists { flex: 1 1 18rem; min-width: 0; display: flex; flex-wrap: wrap; gap: 0 1.2rem; } .lists > .answers { flex: 1 1 17rem; min-width: 0; }
+ol.captions { margin: 0; padding: 0; list-style: none; font-size: .9rem; } ol.captions li { display: flex; gap: .5rem; padding: .2rem .4rem; border-bottom: 1px solid var(--line); }
+ol.captions li > span:nth-child(2) { flex: 1; min-width: 0; } ol.captions li.right { box-shadow: inset 3px 0 0 var(--good); } ol.captions .mark { color: var(--good); font-weight: 600; white-space: nowrap; }
+article > h3 { margin: 0; font-size: 1rem; }
+"""
+
+Progress = Callable[[str, int, int], None]
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What running the bundles brought: (name, recall) of each, and sections."""
+
+    recalls: Sequence[tuple[str, Values]]
+    sections: Sequence[Section]
+    has_attention: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One trained network on the data set.
+
+    Attributes:
+        label: for people.
+        images, captions: embeddings, (n, d).
+        image_ranks, caption_ranks: of the best right answer, counted from 0.
+    """
+
+    label: str
+    images: Vectors
+    captions: Vectors
+    image_ranks: Ranks
+    caption_ranks: Ranks
+    recall: Recall
+
+
+def pictures_of(
+    found: Findings,
+    dataset: Dataset,
+    *,
+    regions: RegionFile | None,
+    num_queries: int,
+    backend: str,
+    threads: int,
+    batch_size: int,
+    progress: Progress | None,
+) -> Pictures:
+    """Encode `dataset` with one bundle of every trained network, and show what they find.
+
+    Raises:
+        DualmatchError: there is no bundle, or one cannot run on this data or backend.
+    """
+    chosen = _one_of_each(found.bundles)
+    if not chosen:
+        raise DualmatchError(
+            "--data runs bundles, and the folder holds none; `dualmatch export RUN --out BUNDLE` makes one."
+        )
+    image_of = np.array(dataset.caption_image)
+    models = []
+    for one in chosen:
+        images, captions = encode_dataset(
+            one.bundle,
+            dataset,
+            backend=backend,
+            threads=threads,
+            batch_size=batch_size,
+            regions=regions,
+            progress=progress,
+        )
+        of_images, of_captions, _ = streaming.ranks([(images, captions)], image_of)
+        found_recall = streaming.evaluate([(images, captions)], caption_image=image_of, split=", ".join(dataset.splits))
+        label = one.name if len(chosen) == 1 or one.network in one.name.upper() else f"{one.network} ({one.name})"
+        models.append(
+            Model(
+                label=label,
+                images=images,
+                captions=captions,
+                image_ranks=of_images,
+                caption_ranks=of_captions,
+                recall=found_recall,
+            )
+        )
+    show = _Show(dataset, models)
+    sections = [show.sheet(num_queries), show.failures()]
+    return Pictures(
+        recalls=[(f"{model.label}, run for this report", model.recall.to_json()) for model in models], sections=sections
+    )
+
+
+def _one_of_each(bundles: Iterable[FoundBundle]) -> list[FoundBundle]:
+    """A bundle of every trained network, the first by name: its other precisions differ in the flips that the gate counts."""
+    chosen: dict[str, FoundBundle] = {}
+    for one in bundles:
+        chosen.setdefault(one.checkpoint, one)
+    return list(chosen.values())
+
+
+class _Show:
+    """Queries with the answers of all models one below the other."""
+
+    def __init__(self, dataset: Dataset, models: Sequence[Model]) -> None:
+        self.items, self.captions, self.models = dataset.items, dataset.captions, models
+        self.image_of = np.array(dataset.caption_image)
+        self.first_caption = {int(image): index for index, image in reversed(list(enumerate(self.image_of)))}
+
+    def sheet(self, count: int) -> Section:
+        """Evenly spaced queries both ways: not chosen, so that what they show is the rule."""
+        spread = np.unique(
+            np.linspace(0, len(self.items) - 1, min(2 * count, len(self.items))).round().astype(int)
+        ).tolist()
+        note = f'<p class="soft">Queries evenly spaced over {len(self.items)} images, not chosen; right answers are marked.</p>'
+        body = [note, "<h3>Text to image</h3>"]
+        body += [self.text_query(self.first_caption[image]) for image in spread[::2]]
+        body.append("<h3>Image to text</h3>")
+        body += [self.image_query(image) for image in spread[1::2]]
+        return Section(key="sheets", title=f"Retrieval: the first {TOP} answers", body=body)
+
+    def failures(self) -> Section:
+        """The queries whose right answer is farthest down, one an image; and where two networks differ most."""
+        body = ['<p class="soft">The last answer of each row is the best right one, with its rank.</p>']
+        for model in self.models:
+            others = [other for other in self.models if other is not model]
+            ways = (("Text to image", model.caption_ranks, self.image_of, self.text_query),
+                    ("Image to text", model.image_ranks, np.arange(len(self.items)), self.image_query))  # fmt: skip
+            for words, ranks, owner, query in ways:
+                worst = _deepest(ranks, owner, NUM_FAILURES)
+                if worst:
+                    body.append(f"<h3>{words}: farthest from right, {shown(model.label)}</h3>")
+                    body += [query(index, [model], with_right=True) for index in worst]
+            for other in others:
+                gap = model.caption_ranks - other.caption_ranks
+                missed = np.where((other.caption_ranks == 0) & (model.caption_ranks >= TOP), gap, 0)
+                if apart := _deepest(missed, self.image_of, NUM_DISAGREEMENTS):
+                    body.append(
+                        f"<h3>Text to image: {shown(other.label)} is right at once, {shown(model.label)} is not</h3>"
+                    )
+                    body += [self.text_query(index, [other, model], with_right=True) for index in apart]
+        if len(body) == 1:
+            body = ["<p>None: every first answer is right.</p>"]
+        return Section(key="failures", title="Failures worth looking at", body=body)
+
+    def text_query(self, caption: int, models: Sequence[Model] = (), *, with_right: bool = False) -> str:
+        """A caption and the photographs that each model finds for it."""
+        own = int(self.image_of[caption])
+        parts = []
+        for model in models or self.models:
+            scores = model.images @ model.captions[caption]
+            rank = int(model.caption_ranks[caption])
+            best = np.argsort(-scores, kind="stable")[:TOP].tolist()
+            if with_right and rank >= TOP:
+                best[-1] = own
+            hits = [
+                Hit(
+                    score=float(scores[image]), id=self.items[image].id, image=self.items[image].read_bytes(), right=image == own,
+                    rank=rank + 1 if image == own else None, alt=self.alternative(image),
+                )
+                for image in best
+            ]  # fmt: skip
+            parts.append(self.answers(model, rank, hit_list(hits, side=THUMBNAIL)))
+        return f"<article><h3>“{shown(self.captions[caption])}”</h3>{''.join(parts)}</article>"
+
+    def image_query(self, image: int, models: Sequence[Model] = (), *, with_right: bool = False) -> str:
+        """A photograph and the captions that each model finds for it."""
+        parts = []
+        for model in models or self.models:
+            scores = model.captions @ model.images[image]
+            rank = int(model.image_ranks[image])
+            order = np.argsort(-scores, kind="stable")
+            best = order[:TOP].tolist()
+            if with_right and rank >= TOP:
+                best[-1] = int(order[rank])
+            lines = []
+            for place, caption in enumerate(best):
+                right = int(self.image_of[caption]) == image
+                mark = '<span class="mark">✓ right</span>' if right else ""
+                number = rank + 1 if with_right and place == TOP - 1 and rank >= TOP else place + 1
+                lines.append(
+                    f'<li{" class=right" if right else ""}><span class="soft">{number}</span>'
+                    f"<span>{shown(self.captions[caption])}</span>{mark}<b>{scores[caption]:.3f}</b></li>"
+                )
+            parts.append(self.answers(model, rank, f'<ol class="captions">{"".join(lines)}</ol>'))
+        item = self.items[image]
+        picture = image_tag(thumbnail(item.read_bytes(), THUMBNAIL, name=item.id), self.alternative(image))
+        caption = f"<figcaption>{shown(item.id)}</figcaption>"
+        return f'<article class="query-photo"><figure>{picture}{caption}</figure><div class="lists">{"".join(parts)}</div></article>'
+
+    def answers(self, model: Model, rank: int, inner: str) -> str:
+        """One model's answers below its name."""
+        kind = "good" if rank == 0 else "soft"
+        name = f"<b>{shown(model.label)}</b> · " if len(self.models) > 1 else ""
+        return f'<div class="answers"><p>{name}<span class="{kind}">first right answer: rank {rank + 1}</span></p>{inner}</div>'
+
+    def alternative(self, image: int) -> str:
+        """What a photograph shows, in the words of its first caption."""
+        return self.items[image].captions[0]
+
+
+def _deepest(ranks: NDArray[np.int64], owner: NDArray[np.int64], count: int) -> list[int]:
+    """The indices of the largest positive ranks, at most one for each owner, the first of equals."""
+    found: dict[int, int] = {}
+    for index in np.argsort(-ranks, kind="stable").tolist():
+        if ranks[index] <= 0 or len(found) == count:
+            break
+        found.setdefault(int(owner[index]), index)
+    return list(found.values())

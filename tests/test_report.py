@@ -1,0 +1,330 @@
+"""`dualmatch report`: what it finds in a folder, what it says of the rest, and that a page holds what its sources say."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dualmatch.bench.html.found import discover
+from dualmatch.bench.html.report import write_report
+from dualmatch.runtime.datasets import open_dataset
+from dualmatch.runtime.errors import DualmatchError
+
+from .demo_fixture import dualmatch, edit_manifest, one_sentence
+
+NASTY = '<script>alert("1")</script> & <b>"dogs"'
+
+
+class Page(HTMLParser):
+    """A page's text, its tags, and whether each element was closed."""
+
+    VOID = ("meta", "img", "rect", "line", "circle", "polyline", "polygon")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def block(values, **more):
+    """A latency block as `bench latency` writes it, of milliseconds."""
+    found = {"unit": "ms", "avg": float(np.mean(values)), "min": min(values), "max": max(values), "count": len(values)}
+    found |= {"p25": float(np.quantile(values, 0.25)), "p75": float(np.quantile(values, 0.75))}
+    return found | {"p50": float(np.median(values)), "intervals": {"p50": [min(values), max(values)]}} | more
+
+
+def latency_case(values, encoder="image", batch=1):
+    return {
+        "encoder": encoder, "batch": batch, "backend": "onnxruntime", "scenario": "single-stream", "stable": True, "request_latency": block(values),
+        **{name: {"unit": "", "avg": 7.0} for name in ("item_throughput", "load_time", "first_request_latency", "harness_overhead")},
+        "peak_resident_memory": {"unit": "bytes", "avg": 2.0**20},
+    }  # fmt: skip
+
+
+def latency_report(*cases):
+    return {
+        "schema": {"name": "dualmatch.bench.latency", "version": 2}, "subject": {"bundle": "b", "backend": "onnxruntime", "precision": {"image": "fp16"}},
+        "environment": {"cpu": {"model": "Some CPU", "logical_cores": 2}}, "cases": list(cases),
+    }  # fmt: skip
+
+
+def compare_report(*rows):
+    """Of (label, p50, rsum or None)."""
+    cases = [
+        {
+            "label": label, "encoder": "image", "batch": 1, "stable": True, "pareto": None if rsum is None else True,
+            "request_latency": {"p50": p50, "intervals": {"p50": [p50, p50]}, "count": 9}, "round_medians_ms": [p50],
+            "times_as_fast": {"against": rows[0][0], "value": rows[0][1] / p50, "interval": [0.9, 1.1]},
+            "recall": None if rsum is None else {"rsum": rsum, "source": "the gate"},
+        }
+        for label, p50, rsum in rows
+    ]  # fmt: skip
+    return {"schema": {"name": "dualmatch.bench.compare", "version": 1}, "environment": {}, "cases": cases}
+
+
+def epoch(number, rsum):
+    way = {"r1": 10.0 + number, "r5": 20.0, "r10": 30.0}
+    return {
+        "epoch": number,
+        "val_rsum": rsum,
+        "loss": 5.0 - number,
+        "learning_rate": 0.001,
+        "val": {"i2t": way, "t2i": way},
+    }
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def a_run(folder, *, name="recipe", epochs=((1, 100.5), (2, 120.25), (3, 110.0))):
+    write(folder / "run.json", {"recipe": {"name": name, "network": "dsran"}, "dataset": {"name": "some photos"}})
+    write(folder / "log.jsonl", "".join(json.dumps(epoch(*one)) + "\n" for one in epochs))
+
+
+def test_every_kind_is_found_at_any_depth_and_named_by_its_path(tmp_path, small_bundle, small_run):
+    shutil.copytree(small_bundle, tmp_path / "deep/er/bundle")
+    shutil.copytree(small_run.folder, tmp_path / "runs/first")
+    a_run(tmp_path / "runs/second")
+    write(tmp_path / "json/fast.json", latency_report(latency_case([1.0, 2.0, 4.0])))
+    write(tmp_path / "json/both.json", compare_report(("fp32", 2.0, 400.0), ("fp16", 1.0, 399.0)))
+    recall = dualmatch("runtime", "evaluate", small_bundle, "--data", small_run.data, "--json")
+    write(tmp_path / "evaluated.json", recall.out)
+    verified = dualmatch("runtime", "verify", small_bundle, "--data", small_run.data, "--json")
+    write(tmp_path / "verified.json", verified.out)
+    (tmp_path / "linked").symlink_to(tmp_path / "runs")  # seen once, and no loop
+    found = discover(tmp_path)
+    assert [one.name for one in found.bundles] == ["deep/er/bundle"]
+    assert [one.name for one in found.runs] == ["linked/first", "linked/second"] or [
+        one.name for one in found.runs
+    ] == ["runs/first", "runs/second"]
+    assert [one.name for one in found.latencies] == ["json/fast.json"]
+    assert [one.name for one in found.comparisons] == ["json/both.json"]
+    assert [one.name for one in found.evaluations] == ["evaluated.json"]
+    assert [one.name for one in found.verifications] == ["verified.json"]
+    assert found.unreadable == []
+    page = Page(write_report(tmp_path).path)
+    assert page.open == []
+    for number in (recall.json["rsum"], verified.json["comparison"]["after"]["rsum"]):
+        assert f"{number:.1f}" in page.text
+    for words in (
+        "deep/er/bundle",
+        "json/fast.json",
+        "json/both.json",
+        "Some CPU, 2 cores",
+        "best validation Rsum 120.2",
+    ):
+        assert words in page.text
+
+
+def test_a_bundle_by_itself_is_reported_beside_it(small_bundle, tmp_path):
+    with pytest.raises(DualmatchError, match="say where to write it with --out"):
+        write_report(small_bundle)
+    write_report(small_bundle, tmp_path / "page.html")
+    assert "bundle" in Page(tmp_path / "page.html").text
+    assert not (small_bundle / "report.html").exists()
+
+
+def test_the_same_folder_gives_the_same_bytes(tmp_path, small_bundle, small_run):
+    shutil.copytree(small_bundle, tmp_path / "bundle")
+    a_run(tmp_path / "run")
+    data = open_dataset(small_run.data).select(["test"])
+    pages = [
+        write_report(tmp_path, dataset=data).path.read_bytes() for _ in range(2)
+    ]  # the second time beside its own page
+    assert pages[0] == pages[1]
+
+
+def test_pictures_mark_the_right_answers(tmp_path, small_bundle, small_run):
+    shutil.copytree(small_bundle, tmp_path / "bundle")
+    data = open_dataset(small_run.data).select(["test"])
+    written = write_report(tmp_path, dataset=data, num_queries=4)
+    page = Page(written.path)
+    assert {"Retrieval: the first 5 answers", "Failures worth looking at"} <= set(written.sections)
+    images = page.all("img")
+    assert images
+    captions = set(data.captions)
+    for image in images:
+        assert image["src"].startswith("data:image/jpeg;base64,")
+        assert image["alt"] in captions
+    # Every sheet's row says the rank of the right answer, and marks it exactly where that is among the five.
+    text = written.path.read_text()
+    sheets = text[text.index('<section id="sheets">') : text.index('<section id="failures">')]
+    rows = sheets.split('<div class="answers">')[1:]
+    assert len(rows) == 8
+    for row in rows:
+        rank = int(row.split("first right answer: rank ")[1].split("<")[0])
+        assert ("✓ right" in row) == (rank <= 5)
+    failures = text[text.index('<section id="failures">') :].split('<div class="answers">')[1:]
+    assert failures
+    assert all("✓ right" in row for row in failures)  # the right answer always stands there too
+
+
+def test_the_measured_recall_is_that_of_evaluate(tmp_path, small_bundle, small_run):
+    shutil.copytree(small_bundle, tmp_path / "bundle")
+    wanted = dualmatch("runtime", "evaluate", small_bundle, "--data", small_run.data, "--json").json["rsum"]
+    done = dualmatch("report", tmp_path, "--data", small_run.data, "--split", "test", "--json")
+    assert done.code == 0
+    assert f"{wanted:.1f}" in Page(tmp_path / "report.html").text
+    assert done.json["report"] == str(tmp_path / "report.html")
+    assert [one["what"] for one in done.json["missing"]][:2] == ["training curves", "latency distributions"]
+
+
+def test_samples_are_found_by_what_they_hold(tmp_path):
+    values = [1.0, 2.0, 4.0] * 40
+    write(tmp_path / "a.json", latency_report(latency_case(values)))
+    lines = [{"case": 0, "phase": "steady", "latency_ns": int(v * 1e6)} for v in values]
+    lines.append({"case": 0, "phase": "warmup", "latency_ns": 10**12})
+    write(tmp_path / "other/name.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write(tmp_path / "stranger.jsonl", "".join(json.dumps(line | {"latency_ns": 5}) + "\n" for line in lines))
+    (report,) = discover(tmp_path).latencies
+    assert report.samples[0].tolist() == [int(v * 1e6) for v in values]
+    page = Page(write_report(tmp_path).path)
+    assert len(page.all("polygon")) == 1
+    (tmp_path / "other/name.jsonl").unlink()
+    page = Page(write_report(tmp_path).path)
+    assert page.all("polygon") == []
+    assert "Box: middle half" in page.text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "it is no JSON"),
+        ('{"rsum": NaN}', "no number"),
+        ('{"a": 1, "a": 2}', "stands there 2 times"),
+        ({"schema": {"name": "dualmatch.bench.latency", "version": 9}}, "version 9"),
+        (latency_report({}), "it lacks cases[0].encoder"),
+        (latency_report(latency_case([1.0]) | {"batch": "one"}), "cases[0].batch is 'one', not a number"),
+        (compare_report(("a", 1.0, None)) | {"cases": 3}, "cases is no list"),
+        ({"rsum": 3, "i2t": {}, "t2i": {}, "protocol": {}}, "it lacks i2t.r1"),
+        (b"\xff\xfe", "it is no"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_rest_is_shown(content, words, tmp_path):
+    a_run(tmp_path / "run")
+    bad = tmp_path / "bad.json"
+    bad.write_bytes(content) if isinstance(content, bytes) else write(bad, content)
+    done = dualmatch("report", tmp_path)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line.startswith("could not be read: bad.json: ")
+    if not isinstance(content, bytes):
+        assert words in line
+    page = Page(tmp_path / "report.html")
+    assert "Could not be read" in page.text
+    assert "bad.json" in page.text
+    assert "best validation Rsum 120.2" in page.text
+
+
+def test_damaged_runs_and_bundles_are_named(tmp_path, small_bundle):
+    a_run(tmp_path / "good")
+    a_run(tmp_path / "cut")
+    (tmp_path / "cut/log.jsonl").write_text('{"epoch": 1, "val')
+    shutil.copytree(small_bundle, tmp_path / "bundle")
+    (tmp_path / "bundle/text_encoder.onnx").write_bytes(b"changed")
+    written = write_report(tmp_path)
+    assert [name for name, _ in written.unreadable] == ["bundle", "cut"]
+    assert "log.jsonl, line 1" in written.unreadable[1][1]
+    assert "good" in Page(written.path).text
+
+
+def test_a_manifest_with_an_odd_gate_does_not_stop_the_page(tmp_path, small_bundle):
+    a_run(tmp_path / "run")
+    shutil.copytree(small_bundle, tmp_path / "bundle")
+    edit_manifest(tmp_path / "bundle", lambda values: values["parity"].update(comparison=7))
+    assert [name for name, _ in write_report(tmp_path).unreadable] == ["bundle"]
+
+
+def test_what_is_no_report_is_let_be(tmp_path):
+    a_run(tmp_path / "run")
+    write(tmp_path / "package.json", {"name": "something"})
+    write(tmp_path / "list.json", [1, 2])
+    write(tmp_path / "lines.jsonl", "not json\n")
+    write(tmp_path / ".hidden/bad.json", "{")
+    write(tmp_path / "gallery/index.json", "{")
+    write(tmp_path / "gallery/items-00000.jsonl", '{"id": "x", "latency_ns": 1, "case": 2}')
+    assert discover(tmp_path).unreadable == []
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    a_run(tmp_path / "run", epochs=())
+    assert "no epoch finished yet" in Page(write_report(tmp_path).path).text
+    a_run(tmp_path / "run", epochs=((1, 99.0),))
+    assert "1 epoch, best validation Rsum 99.0 in epoch 1" in Page(write_report(tmp_path).path).text
+
+
+def test_text_from_users_is_escaped_everywhere(tmp_path, small_bundle, small_run):
+    place = tmp_path / "<b>dir & 'co'"
+    data = shutil.copytree(small_run.data, tmp_path / "data")
+    listing = json.loads((data / "captions.json").read_text())
+    for entry in listing["images"]:
+        entry["captions"] = [f"{NASTY} {entry['filename']}"] * 2
+        (data / "images" / entry["filename"]).rename(data / "images" / f"<i>{entry['filename']}")
+        entry["filename"] = f"<i>{entry['filename']}"
+    (data / "captions.json").write_text(json.dumps(listing))
+    shutil.copytree(small_bundle, place / "<script>bundle")
+    a_run(place / "<script>run", name=NASTY)
+    report = latency_report(latency_case([1.0, 2.0], encoder=NASTY))
+    report["environment"]["cpu"]["model"] = NASTY
+    write(place / "<script>fast.json", report)
+    write(place / "both.json", compare_report((NASTY, 1.0, 300.0), ("other", 2.0, 301.0)))
+    write(place / "<script>bad.json", "{")
+    write_report(place, dataset=open_dataset(data).select(["test"]))
+    page = Page(place / "report.html")
+    assert page.open == []
+    assert not [tag for tag, _ in page.tags if tag in ("script", "i", "iframe")]
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert NASTY in page.text
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("report {empty}", 1, "holds nothing to report on"),
+        ("report {none}", 1, "there is no folder"),
+        ("report {file}", 1, "there is no folder"),
+        ("report {run} --out {run}/page.pdf", 1, "one .html file"),
+        ("report {run} --out {none}/page.html", 1, "there is no folder"),
+        ("report {run} --data {none}", 1, "no such folder"),
+        ("report {run} --data {data} --split nosuch", 1, "no split 'nosuch'"),
+        ("report {run} --data {data}", 1, "the folder holds none"),
+        ("report {run} --queries 0", 2, "--queries"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(line, code, words, tmp_path, small_run):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "file.json", "{}")
+    a_run(tmp_path / "run")
+    places = {name: tmp_path / name for name in ("empty", "none", "run")} | {
+        "file": tmp_path / "file.json",
+        "data": small_run.data,
+    }
+    done = dualmatch(*(part.format(**places) for part in line.split()))
+    assert done.code == code
+    assert words in done.err
+    assert code == 2 or one_sentence(done.err)
+    assert not list(tmp_path.rglob("*.html"))
