@@ -69,13 +69,15 @@ def command(
     from dualmatch.runtime.bundle import load_bundle
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.runtime.evaluate import evaluate_bundles
+    from dualmatch.runtime.subject import about_bundle, subject
 
     from .common import region_file, splits
 
     dataset = open_dataset(data).select(splits(split))
+    bundles = [load_bundle(path) for path in (bundle, *ensemble)]
     with progress_reports() as progress:
         recall = evaluate_bundles(
-            [load_bundle(path) for path in (bundle, *ensemble)],
+            bundles,
             dataset,
             protocol=protocol,
             rerank_k1=k1,
@@ -87,6 +89,6 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json(recall.to_json())
+        print_json({**recall.to_json(), **subject(dataset, [about_bundle(one) for one in bundles])})
     else:
         click.echo(recall_lines(recall))

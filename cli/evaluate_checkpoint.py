@@ -47,6 +47,8 @@ def command(
 ) -> None:
     """Recall of RUN's best epoch in torch, float32, from pixels: the reference that everything exported is compared with."""
     from dualmatch.runtime.datasets import open_dataset
+    from dualmatch.runtime.subject import subject
+    from dualmatch.training.about import about_run
     from dualmatch.training.evaluation import evaluate_run
 
     from .common import region_file, splits
@@ -63,6 +65,6 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json(recall.to_json())
+        print_json({**recall.to_json(), **subject(dataset, [about_run(run)])})
     else:
         click.echo(recall_lines(recall))

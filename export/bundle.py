@@ -21,6 +21,7 @@ from dualmatch.runtime.parity import Tolerances
 from dualmatch.runtime.reference import Reference
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.verify import Verification, verify
+from dualmatch.training.about import changes
 from dualmatch.training.checkpoint import Run, versions
 from dualmatch.training.encode import encode_captions, encode_images, image_inputs
 from dualmatch.training.features import Progress, no_progress
@@ -127,6 +128,7 @@ def export_run(
             model={
                 "name": "vsrn" if isinstance(model, VSRN) else "dsran",
                 "recipe": run.recipe.name,
+                "changed": changes(run.recipe),
                 "config": asdict(model.config),
             },
             embedding_dimension=images.shape[1],

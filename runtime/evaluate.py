@@ -41,6 +41,28 @@ def encode_dataset(
     return images, captions
 
 
+def encode_each(
+    bundles: Sequence[Bundle],
+    dataset: Dataset,
+    *,
+    backend: str,
+    threads: int,
+    batch_size: int,
+    regions: RegionFile | None,
+    progress: Progress | None,
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """`encode_dataset` by several bundles."""
+    for bundle in bundles[1:]:  # one that cannot run is known before hours of the first one's encoding
+        with ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions):
+            pass
+    return [
+        encode_dataset(
+            bundle, dataset, backend=backend, threads=threads, batch_size=batch_size, regions=regions, progress=progress
+        )
+        for bundle in bundles
+    ]
+
+
 def evaluate_bundles(
     bundles: Sequence[Bundle],
     dataset: Dataset,
@@ -70,15 +92,9 @@ def evaluate_bundles(
     folds, k1_i2t, k1_t2i = FOLDS[protocol], rerank_k1 or 0, rerank_t2i_k1 or 0
     image_of = checked_caption_image(len(dataset.items), len(dataset.captions), dataset.caption_image)
     require_folds(image_of, len(dataset.items), folds, k1_i2t=k1_i2t, k1_t2i=k1_t2i)
-    for bundle in bundles[1:]:  # one that cannot run is known before hours of the first one's encoding
-        with ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions):
-            pass
-    models = [
-        encode_dataset(
-            bundle, dataset, backend=backend, threads=threads, batch_size=batch_size, regions=regions, progress=progress
-        )
-        for bundle in bundles
-    ]
+    models = encode_each(
+        bundles, dataset, backend=backend, threads=threads, batch_size=batch_size, regions=regions, progress=progress
+    )
     return streaming.evaluate(
         models, caption_image=image_of, folds=folds, k1_i2t=k1_i2t, k1_t2i=k1_t2i, split=", ".join(dataset.splits)
     )

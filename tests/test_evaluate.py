@@ -13,7 +13,7 @@ from dualmatch.runtime.evaluate import encode_dataset, evaluate_bundles
 from dualmatch.runtime.recall import evaluate as evaluate_matrix
 from dualmatch.runtime.similarity import load_sims, save_sims, similarity_matrix
 
-from .demo_fixture import dualmatch, one_sentence
+from .demo_fixture import SMALL, dualmatch, one_sentence
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,21 @@ def test_evaluate_as_the_matrix_says(bundle, small_run):
     assert found.to_json() == wanted.to_json()
     words = ("--split", "train,val,test", "--rerank", "7", "--rerank-t2i", "5", "--threads", "1", "--json")
     printed = dualmatch("runtime", "evaluate", bundle.path, "--data", small_run.data, *words)
-    assert json.loads(printed.out) == wanted.to_json()
+    document = json.loads(printed.out)
+    subject = document.pop("subject")
+    assert document == wanted.to_json()
+    assert subject["data"] == {
+        "name": "small scenes", "layout": "captions", "splits": ["train", "val", "test"], "images": 52, "captions": 260,
+    }  # fmt: skip
+    assert subject["models"] == [
+        {
+            "name": "dsran",
+            "recipe": "scenes-dsran-gru",
+            "changed": sorted(SMALL),
+            "precision": "fp32",
+            "bundle": bundle.hash,
+        }
+    ]
 
 
 @pytest.mark.parametrize(

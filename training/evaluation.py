@@ -2,8 +2,10 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dualmatch.models import DSRAN
 from dualmatch.models.config import RegionConfig
@@ -13,6 +15,7 @@ from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.recall import Recall, evaluate
 from dualmatch.runtime.regions import RegionFile
 
+from .about import about_run
 from .checkpoint import Run, load_run
 from .encode import encode_captions, encode_images
 from .features import Progress, no_progress
@@ -44,6 +47,28 @@ def regions_of(run: Run, given: RegionFile | None) -> RegionFile | None:
     return regions
 
 
+def encode_run(
+    folder: Path,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    regions: RegionFile | None = None,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Any], NDArray[np.float32], NDArray[np.float32]]:
+    """What the run is (see `runtime.subject`), and its embeddings of images and captions by its best epoch, float32, every image once."""
+    run = load_run(folder)
+    images = encode_images(
+        run.model,
+        run.preprocess,
+        dataset.items,
+        regions=regions_of(run, regions),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    captions = encode_captions(run.model, run.tokenizer, dataset.captions, progress=progress)
+    return about_run(folder), images, captions
+
+
 def evaluate_run(
     folder: Path,
     dataset: Dataset,
@@ -60,16 +85,7 @@ def evaluate_run(
         rerank_k1: re-rank image-to-text with so many candidates.
         save_embeddings: an `.npz` to write `images`, `captions`, `image_ids` and `caption_image` to.
     """
-    run = load_run(folder)
-    images = encode_images(
-        run.model,
-        run.preprocess,
-        dataset.items,
-        regions=regions_of(run, regions),
-        batch_size=batch_size,
-        progress=progress,
-    )
-    captions = encode_captions(run.model, run.tokenizer, dataset.captions, progress=progress)
+    _, images, captions = encode_run(folder, dataset, batch_size=batch_size, regions=regions, progress=progress)
     if save_embeddings is not None:
         with save_embeddings.open("wb") as file:
             np.savez(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dualmatch.bench.recall_rows import Encoded, all_rows
 from dualmatch.runtime import recall, rerank
 from dualmatch.runtime.similarity import ensemble, order_similarity, similarity_matrix
 
@@ -192,3 +193,36 @@ FOLD5_ASPECTS = {
 def test_fold5(folder, aspect):
     assert aspect in FOLD5_ASPECTS, f"{folder}: nothing tests {aspect!r}"
     FOLD5_ASPECTS[aspect](folder, read_json(folder / FOLD5))
+
+
+@pytest.mark.parametrize("folder", folders_of("fold5"), ids=lambda folder: folder.name)
+def test_the_rows_of_bench_recall_reproduce_both_of_coco_protocols(folder):
+    golden = read_json(folder / FOLD5)
+    with np.load(folder / "emb_int8.npz", allow_pickle=False) as file:
+        images, captions = (file[side].astype(np.float32) for side in ("img", "cap"))
+    images, captions = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (images, captions))
+    model = Encoded(label="authors", about={}, images=images, captions=captions)
+    rows, absent = all_rows([model], image_of=np.arange(len(captions)) // 5, rerank=0, split="test")
+    assert not absent
+    found = {row.protocol: simrank(row.recall) for row in rows}
+    assert found["full"] == pytest.approx(golden["simrank_5k"], rel=1e-12)
+    assert found["five-folds"] == pytest.approx(golden["mean_folds"], **FINER_THAN_ONE_RANK)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "img" in case.arrays()], ids=str)
+def test_the_rows_of_bench_recall_reproduce_single_models_and_ensembles(case):
+    arrays = case.arrays()
+    models = [
+        Encoded(label=image, about={}, images=arrays[image], captions=arrays[caption])
+        for image, caption in (("img", "cap"), ("img2", "cap2"))
+        if image in arrays
+    ]
+    rows, _ = all_rows(models, image_of=np.arange(len(arrays["cap"])) // 5, rerank=0, split="test")
+    numbers = case.numbers(JSON)
+    for row in (row for row in rows if row.protocol == "full"):
+        prefix = {1: "", 2: "ensemble_"}[len(row.models)]
+        if row.models == ("img2",):
+            continue
+        for side in ("i2t", "t2i"):
+            if f"{prefix}{side}" in numbers:
+                assert metrics(getattr(row.recall, side)) == pytest.approx(numbers[f"{prefix}{side}"], rel=1e-12)
