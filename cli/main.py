@@ -23,6 +23,7 @@ BENCH: Table = {
     "throughput": ("bench_throughput", "Items per second of both encoders, all work at hand at once."),
     "compare": ("bench_compare", "Backends and precisions against each other in one run: speed beside recall."),
     "recall": ("bench_recall", "Recall under every protocol, alone, together, re-ranked; where a model is weak."),
+    "paper": ("bench_paper", "Our numbers beside those that the papers print, row by row."),
     "training": ("bench_training", "Throughput of the training loop, and its wait for data."),
 }
 GALLERY: Table = {
