@@ -172,16 +172,16 @@ def _ranked(group: Sequence[Encoded], protocol: str, *, image_of: Ranks, k1: int
 
 def differences(rows: Sequence[Row]) -> list[Difference]:
     """Every other model and the ensemble against the first model, under the same protocol; and every re-ranking against none."""
-    pairs = [
+    pairs = [pair for pair in product(rows, rows) if pair[0].protocol == pair[1].protocol]
+    models = [
         (of, against)
-        for of, against in product(rows, rows)
-        if of.protocol == against.protocol
-        and (
-            (of.rerank == against.rerank and of.models != against.models == rows[0].models)
-            or (of.models == against.models and of.rerank and not against.rerank)
-        )
+        for of, against in pairs
+        if of.rerank == against.rerank and of.models != against.models == rows[0].models
     ]
-    return [_difference(of, against) for of, against in pairs]
+    reranked = [
+        (of, against) for of, against in pairs if of.models == against.models and of.rerank and not against.rerank
+    ]
+    return [_difference(of, against) for of, against in models + reranked]
 
 
 def _difference(of: Row, against: Row) -> Difference:

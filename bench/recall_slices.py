@@ -25,10 +25,10 @@ carried carries carry carrying chase chases chasing contain containing contains 
 holds leading leads leaning pull pulling pulls push pushes pushing ride rides riding throw throwing throws
 """
 _SETTINGS = """
-beach city coast court desert downtown dunes evening field forest garden grass grassy ground hill home ice indoor indoors kitchen lake lawn
-market meadow moon mountain mountains night ocean outdoor outdoors outside park path playground pool river road rock rocks rocky room sand
-sandy sea shore sidewalk sky snow snowy stage stadium starry street sun sunny sunset town track trail trees water wave waves winter wooded
-woods yard
+beach city cliff coast court creek desert downtown dunes evening field forest garden grass grassy ground gym hill home ice indoor indoors
+kitchen lake lawn market meadow moon mountain mountains night ocean outdoor outdoors outside park path playground pond pool river road
+rock rocks rocky room sand sandy sea shore sidewalk sky snow snowy stage stadium starry street sun sunny sunset town track trail trees
+water wave waves winter wooded woods yard
 """
 RELATION_WORDS, SETTING_WORDS = frozenset(_RELATIONS.split()), frozenset(_SETTINGS.split())
 # Words of a caption, and where each bin but the first begins.
@@ -48,8 +48,8 @@ class Slice:
 
 def slices_of(dataset: Dataset) -> list[Slice]:
     """By length, by classes of words, and by relation and setting where the data set knows them; those without captions left out."""
-    words = [set(_WORD.findall(caption.lower())) for caption in dataset.captions]
-    lengths = np.array([len(caption.split()) for caption in dataset.captions])
+    words = [_WORD.findall(caption.lower()) for caption in dataset.captions]
+    lengths = np.array([len(one) for one in words])
     bins = np.searchsorted(_LENGTHS, lengths, side="right")
     edges = [1, *_LENGTHS]
     found = [

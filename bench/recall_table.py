@@ -1,7 +1,8 @@
-"""What `bench recall` found, as tables that fit 100 columns."""
+"""What `bench recall` found, as tables that fit 80 columns: models are letters there, which the heading explains."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from string import ascii_uppercase
 from typing import Any
 
 from rich.console import Group
@@ -13,32 +14,55 @@ _CUTOFFS = ("r1", "r5", "r10")
 
 def tables(report: Mapping[str, Any]) -> Group:
     """All tables of a report's JSON."""
+    report = _lettered(report)
     shown: list[Table | Text] = [Text(_heading(report)), Text(), _rows(report), Text()]
     if report["comparisons"]:
         shown += [_comparisons(report["comparisons"]), Text()]
     shown.append(_slices(report["slices"]))
     if further := [row for row in report["slices"] if row["against_first"] is not None]:
-        shown += [Text(), _against_first(further, report["subject"]["models"][0]["label"])]
+        shown += [Text(), _against_first(further)]
     if report["hard_pairs"]:
         shown += [Text(), _hard_pairs(report["hard_pairs"])]
     return Group(*shown)
 
 
+def _lettered(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The report with a letter in place of each label (its number, past 26)."""
+    models = report["subject"]["models"]
+    letter = {
+        one["label"]: ascii_uppercase[place] if len(models) <= len(ascii_uppercase) else str(place + 1)
+        for place, one in enumerate(models)
+    }
+
+    def lettered(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: lettered(inner, name) for name, inner in value.items()}
+        if key == "models" and all(isinstance(one, str) for one in value):
+            return [letter[one] for one in value]
+        return [lettered(one) for one in value] if isinstance(value, list) else value
+
+    return {**lettered(dict(report)), "subject": report["subject"], "letters": letter}
+
+
 def _heading(report: Mapping[str, Any]) -> str:
     data = report["subject"]["data"]
-    models = "; ".join(f"{one['label']}: {one['recipe']}, {one['precision']}" for one in report["subject"]["models"])
-    return f"{data['name']}, split {', '.join(data['splits'])}: {data['images']} images, {data['captions']} captions.\n{models}."
+    lines = [
+        f"{report['letters'][one['label']]}: {one['label']} ({one['recipe']}, {one['precision']})"
+        for one in report["subject"]["models"]
+    ]
+    splits = ", ".join(data["splits"])
+    return "\n".join([f"{data['name']}, split {splits}: {data['images']} images, {data['captions']} captions", *lines])
 
 
 def _rows(report: Mapping[str, Any]) -> Table:
-    caption = "Equal scores: smaller index first. Rsum with its 95 % interval, images resampled with their captions."
+    caption = "R@1, 5, 10. Equal scores: smaller index first. Rsum with its 95 % interval, images resampled with their captions."
     caption += "".join(f"\nNot possible here: {one['row']}: {one['reason']}" for one in report["absent"])
     if not any(row["test_set"] for row in report["rows"]):
         caption += "\nThis is none of the papers' test sets: do not put these figures beside their tables."
     table = _table("Recall", caption)
-    for header in ("model", "protocol", "re-rank"):
-        table.add_column(header, overflow="fold")
-    for header in ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "Rsum", "95 %"):
+    for header in ("", "protocol", "re-rank"):
+        table.add_column(header, no_wrap=True)
+    for header in ("i2t 1", "5", "10", "t2i 1", "5", "10", "Rsum", "95 %"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in report["rows"]:
         table.add_row(
@@ -58,7 +82,7 @@ def _comparisons(comparisons: Sequence[Mapping[str, Any]]) -> Table:
     )
     table = _table("Differences of Rsum", caption)
     for header in ("", "against", "protocol", "re-rank"):
-        table.add_column(header, overflow="fold")
+        table.add_column(header, no_wrap=True)
     for header in ("Rsum", "95 %"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("tells", no_wrap=True)
@@ -67,10 +91,10 @@ def _comparisons(comparisons: Sequence[Mapping[str, Any]]) -> Table:
         reranked = of["models"] == against["models"]
         table.add_row(
             _models(of),
-            "itself, not re-ranked" if reranked else _models(against),
+            "not re-ranked" if reranked else _models(against),
             of["protocol_name"],
             f"K1 {of['rerank']}" if of["rerank"] else "none",
-            f"{one['rsum_difference']:+.1f}",
+            _signed(one["rsum_difference"]),
             _range(one["interval"], signed=True),
             "yes" if one["tells"] else "no",
         )
@@ -79,13 +103,13 @@ def _comparisons(comparisons: Sequence[Mapping[str, Any]]) -> Table:
 
 def _slices(rows: Sequence[Mapping[str, Any]]) -> Table:
     caption = (
-        "Text to image, all images together, no re-ranking; 95 % intervals. `to the rest`: R@1 of the slice less that of all other "
+        "Text to image, all images together, no re-ranking; 95 % intervals. To rest: R@1 of the slice less that of all other "
         "captions. Of twenty slices that are like the rest, one interval misses 0 by chance."
     )
     table = _table("By kind of caption", caption)
-    for header in ("model", "slice"):
-        table.add_column(header, overflow="fold")
-    for header in ("captions", "R@1", "95 %", "R@5", "R@10", "to the rest", "95 %"):
+    table.add_column("", no_wrap=True)
+    table.add_column("captions with", overflow="fold")
+    for header in ("number", "R@1", "95 %", "R@5", "R@10", "to rest", "95 %"):
         table.add_column(header, justify="right", no_wrap=True)
     for _, group in groupby(rows, key=lambda row: (row["models"], row["group"])):
         for row in group:
@@ -98,19 +122,19 @@ def _slices(rows: Sequence[Mapping[str, Any]]) -> Table:
                 _range(row["intervals"]["r1"]),
                 f"{row['r5']:.1f}",
                 f"{row['r10']:.1f}",
-                "-" if rest is None else f"{rest['r1']:+.1f}",
+                "-" if rest is None else _signed(rest["r1"]),
                 "-" if rest is None else _range(rest["intervals"]["r1"], signed=True),
             )
         table.add_section()
     return table
 
 
-def _against_first(rows: Sequence[Mapping[str, Any]], first: str) -> Table:
-    caption = "Points of recall above the first model on the same captions, paired; R@1 with its 95 % interval."
-    table = _table(f"By kind of caption, against {first}", caption)
-    for header in ("model", "slice"):
-        table.add_column(header, overflow="fold")
-    for header in ("captions", "R@1", "95 %", "R@5", "R@10"):
+def _against_first(rows: Sequence[Mapping[str, Any]]) -> Table:
+    caption = "Points of recall above A on the same captions, paired; R@1 with its 95 % interval."
+    table = _table("By kind of caption, against A", caption)
+    table.add_column("", no_wrap=True)
+    table.add_column("captions with", overflow="fold")
+    for header in ("number", "R@1", "95 %", "R@5", "R@10"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         found = row["against_first"]
@@ -118,10 +142,10 @@ def _against_first(rows: Sequence[Mapping[str, Any]], first: str) -> Table:
             _models(row),
             f"{row['group']}: {row['slice']}" if row["group"] in ("relation", "setting") else row["slice"],
             str(row["captions"]),
-            f"{found['r1']:+.1f}",
+            _signed(found["r1"]),
             _range(found["intervals"]["r1"], signed=True),
-            f"{found['r5']:+.1f}",
-            f"{found['r10']:+.1f}",
+            _signed(found["r5"]),
+            _signed(found["r10"]),
         )
     return table
 
@@ -132,7 +156,7 @@ def _hard_pairs(rows: Sequence[Mapping[str, Any]]) -> Table:
         "above the partner's best; chance is 50 %."
     )
     table = _table("Pairs of scenes that differ in one thing only", caption)
-    table.add_column("model", overflow="fold")
+    table.add_column("", no_wrap=True)
     table.add_column("differ in")
     for header in ("pairs", "captions told", "95 %", "scenes told", "95 %"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -144,11 +168,15 @@ def _hard_pairs(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _models(row: Mapping[str, Any]) -> str:
-    return " + ".join(row["models"])
+    return "+".join(row["models"])
 
 
 def _range(interval: Sequence[float], *, signed: bool = False) -> str:
-    return " to ".join(f"{value:{'+' if signed else ''}.1f}" for value in interval)
+    return " to ".join(_signed(value) if signed else f"{value:.1f}" for value in interval)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # plus zero: there is no -0.0
 
 
 def _table(title: str, caption: str) -> Table:

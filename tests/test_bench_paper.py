@@ -1,6 +1,7 @@
 """`bench paper`: a number of ours stands beside a printed one only where everything agrees; all else is named, with its reason."""
 
 import json
+import os
 
 import pytest
 
@@ -191,6 +192,33 @@ def test_the_files_of_the_commands_that_write_evaluations(small_bundle, small_ru
         == 1
     )
     assert all("is not Flickr30K or COCO" in one["reason"] for one in others)
+
+
+def test_a_bundle_on_flickr30k_fills_its_rows(small_bundle, small_run, tmp_path):
+    """A thousand images and five thousand captions in Karpathy's layout, of which the files are a dozen scenes over and over."""
+    photographs = sorted((small_run.data / "images").iterdir())[:12]
+    (tmp_path / "images").mkdir()
+    entries = []
+    for number in range(1000):
+        os.link(photographs[number % 12], tmp_path / "images" / f"{number}.png")
+        sentences = [{"raw": f"scene {number}, told {time} times"} for time in range(5)]
+        entries.append({"filename": f"{number}.png", "split": "test", "sentences": sentences})
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"dataset": "flickr30k", "images": entries}))
+    words = ("--data", tmp_path, "--threads", "1", "--json")
+    found = dualmatch("bench", "paper", f"dsran-gru-flickr30k:{small_bundle}", *words)
+    assert found.code == 0, found.err
+    rows = run_rows(found.json)
+    assert [(row["table"], row["models"], row["rerank"]) for row in rows] == [("Table II", 1, 0), ("Table II", 1, 15)]
+    wanted = dualmatch("runtime", "evaluate", small_bundle, *words).json
+    assert rows[0]["ours"][0]["rsum"] == wanted["rsum"]
+    assert rows[0]["ours"][0]["notes"] == ["whether options of the recipe were changed is not known"]
+    assert [one["protocol"]["folds"] for one in found.json["beside_none"]] == [5, 5]
+    unnamed = dualmatch("bench", "paper", small_bundle, *words).json
+    assert not run_rows(unnamed)
+    assert {one["reason"].partition(":")[0] for one in unnamed["beside_none"]} == {
+        "trained with other options than scenes-dsran-gru",
+        "Flickr30K in five folds",
+    }
 
 
 def test_changes_of_a_recipe(small_run):

@@ -276,7 +276,9 @@ def test_a_run_beside_its_bundle_and_the_tables(small_bundle, small_run):
     text = " ".join(found.out.split())
     assert "12 images cannot be cut into 5 equal folds" in text
     assert "none of the papers' test sets" in text
-    assert "run + bundle" in text
+    assert "A: run (scenes-dsran-gru, torch fp32) B: bundle (scenes-dsran-gru, fp32)" in text
+    assert max(map(len, found.out.splitlines())) <= 80
+    assert "A+B full K1 15" in text
     printed = dualmatch("bench", "recall", small_run.folder, small_bundle, *words, "--rerank", "0", "--json").json
     first, second, _ = printed["rows"]
     assert first["rsum"] == second["rsum"]  # fp32 in torch and in onnxruntime
