@@ -25,7 +25,7 @@ def plot(title: str, points: Sequence[Point]) -> Markup:
     line = sorted((ms, rsum) for (_, ms, rsum), is_on in zip(points, on, strict=True) if is_on)
     series = [Series(label="", points=line, kind="dashed", tone=NUM_TONES)]
     for number, ((label, ms, rsum), is_on) in enumerate(zip(points, on, strict=True)):
-        words = f"{number + 1}  {label}" + ("" if is_on else " (beaten in both)")
+        words = f"{number + 1}: {label}" + ("" if is_on else " (beaten in both)")
         kind: Literal["points", "hollow"] = "points" if is_on else "hollow"
         series.append(
             Series(label=words, points=[(ms, rsum)], kind=kind, tone=tone_of(number), names=(str(number + 1),))

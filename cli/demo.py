@@ -37,7 +37,7 @@ COMPILE_FLAVOUR = "tensorrt-rtx"
     help="Change an option of the recipe, for example train.epochs=3.",
 )
 def command(out: Path, recipe: str, overrides: tuple[str, ...]) -> None:
-    """Train on drawn scenes, export at fp16, compile, encode a gallery, search it by relation, verify, bench: the whole way.
+    """Train on drawn scenes, export at fp16, compile, encode a gallery, search it by relation, verify, bench, report: the whole way.
 
     Rerunnable: a finished run of the same recipe in --out is used again, an interrupted one is continued.
     """
@@ -83,6 +83,7 @@ class _Steps:
 
 def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps, progress: Progress) -> Any:
     from dualmatch.bench.bundle_latency import bench_latency
+    from dualmatch.bench.html.report import write_report
     from dualmatch.bench.measure import Plan
     from dualmatch.runtime.bundle import load_bundle
     from dualmatch.runtime.datasets import open_dataset
@@ -125,8 +126,10 @@ def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps
             raise DualmatchError(f"the demo's bundle does not retrieve as torch does: {found.decision.reason}.")
     with steps.step("bench latency"):
         report = bench_latency(out / "bundle", batches=(1, 32), plan=Plan(budget_s=2.0))
-        report.write(out / "latency.json")
+        report.write(out / "latency.json", samples=out / "latency-samples.jsonl")
         steps.result = f"{out / 'latency.json'}, table above"
+    with steps.step("report"):
+        steps.result = f"{write_report(out, dataset=test).path}: open it in a browser"
     return report.table()
 
 

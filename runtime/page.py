@@ -31,7 +31,7 @@ p { margin: .25rem 0; } a { color: var(--tone1); } code { font-size: .9em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th, td { overflow-wrap: normal; } /* a table that is too wide scrolls */
-th { font-weight: 600; color: var(--soft); } th.number, td.number { text-align: right; white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); } th.number, td.number { text-align: right; } td.short { white-space: nowrap; } td { min-width: 2rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem; margin: .8rem 0; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .8rem; color: var(--soft); }
 figure > img { display: block; max-width: 100%; height: auto; border-radius: .3rem; }
@@ -87,7 +87,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
         column > 0 and all(_NUMBER.fullmatch(row[column]) or row[column] in ("", "-") for row in rows)
         for column in range(len(heads))
     ]
-    kinds = [' class="number"' if number else "" for number in numeric]
+    short = [all(len(row[column]) <= 40 for row in rows) for column in range(len(heads))]
+    names = [" ".join(["number"] * number + ["short"] * brief) for number, brief in zip(numeric, short, strict=True)]
+    kinds = [f' class="{name}"' if name else "" for name in names]
     head = "".join(f"<th{kind}>{shown(cell)}</th>" for kind, cell in zip(kinds, heads, strict=True))
     body = "\n".join(
         "<tr>" + "".join(f"<td{kind}>{shown(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"

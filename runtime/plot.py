@@ -12,12 +12,13 @@ from typing import Literal
 from .page import COLOURS, Markup, shown
 
 WIDTH = 360
-LEFT, RIGHT, TOP, BELOW = 46, 14, 12, 40
+LEFT, RIGHT, TOP, BELOW = 46, 14, 16, 40
 LEGEND_LINE, ROW, ROW_LABEL = 16, 26, 16
 NUM_TONES = 6
 STYLE = """
 svg.plot { display: block; font: 12px system-ui, sans-serif; fill: var(--ink); }
-.plot .grid { stroke: var(--line); } .plot .soft { fill: var(--soft); } .plot .name { font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+.plot .grid { stroke: var(--line); } .plot .soft { fill: var(--soft); } .plot .name { font-weight: 600; }
+.plot text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 .plot .line { fill: none; stroke-width: 2; stroke-linejoin: round; } .plot .dashed { stroke-dasharray: 5 4; } .plot .hollow { fill: var(--card); stroke-width: 2; }
 """ + "".join(
     f".plot .tone{n} {{ fill: var(--tone{n}); }} .plot .line.tone{n}, .plot .hollow.tone{n}, .plot .rule.tone{n} {{ stroke: var(--tone{n}); }}"
@@ -165,14 +166,14 @@ def chart(
             f'<line class="grid" x1="{where:.1f}" x2="{where:.1f}" y1="{TOP}" y2="{bottom}" stroke-dasharray="2 3"/>'
         )
         end = where > (LEFT + WIDTH) / 2
-        parts.append(_text(where, TOP - 3, words, "end" if end else "start", "soft"))
-    parts.append(_text(0, 0, y.label, "middle", "soft", turn=(12, TOP + height / 2)))
+        parts.append(_text(where, TOP - 4, words, "end" if end else "start", "soft"))
+    parts.append(_text(0, TOP - 4, y.label, "start", "soft"))
     taken: list[tuple[float, float]] = []
     parts.extend(_drawn(one, across, up, taken) for one in series)
     legend = [one for one in series if one.label]
     for number, one in enumerate(legend):
         line = bottom + BELOW + 10 + LEGEND_LINE * number
-        parts.append(_swatch(one, LEFT, line - 4) + _text(LEFT + 28, line, _cut(one.label, 48)))
+        parts.append(_swatch(one, LEFT, line - 4) + _text(LEFT + 28, line, _cut(one.label, 42)))
     return _svg(title, bottom + BELOW + (6 if legend else 0) + LEGEND_LINE * len(legend), parts)
 
 
@@ -193,7 +194,7 @@ def rows(title: str, given: Sequence[Row], x: Axis, *, from_zero: bool = False) 
     for number, row in enumerate(given):
         top = TOP + (ROW + ROW_LABEL) * number
         middle, base = top + ROW_LABEL + ROW / 2, top + ROW_LABEL + ROW - 2
-        parts.append(_text(left, top + 12, _cut(row.label, 56)))
+        parts.append(_text(left, top + 12, _cut(row.label, 46)))
         if row.bar is not None:
             a, b = sorted(map(across, row.bar))
             parts.append(
@@ -294,10 +295,9 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _text(
-    x: float, y: float, words: str, anchor: str = "start", kind: str = "", *, turn: tuple[float, float] | None = None
-) -> str:
-    place = (
-        f'x="{x:.1f}" y="{y:.1f}"' if turn is None else f'transform="translate({turn[0]} {turn[1]:.0f}) rotate(-90)"'
+def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        + (f' class="{kind}"' if kind else "")
+        + f">{shown(words)}</text>"
     )
-    return f'<text {place} text-anchor="{anchor}"' + (f' class="{kind}"' if kind else "") + f">{shown(words)}</text>"

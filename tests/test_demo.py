@@ -12,7 +12,7 @@ from dualmatch.runtime import Gallery, load_bundle
 from dualmatch.runtime.files import sha256_of_file
 
 STEPS = ["train", "evaluate in torch", "export --fp16", "compile --flavour", "encode-gallery", "search", "evaluate the bundle",
-         "verify", "bench latency", "in all"]  # fmt: skip
+         "verify", "bench latency", "report", "in all"]  # fmt: skip
 
 
 def test_it_leaves_a_run_a_bundle_a_gallery_and_the_sheet(demo):
@@ -29,6 +29,13 @@ def test_it_leaves_a_run_a_bundle_a_gallery_and_the_sheet(demo):
     assert page.count("data:image/") >= 20, "four searches of five hits, pictures inside"
     latency = json.loads((demo.root / "latency.json").read_text())
     assert latency["subject"]["bundle_hash"] == bundle.hash
+
+
+def test_its_report_shows_it_all(demo):
+    page = (demo.root / "report.html").read_text()
+    for key in ("recall", "precision", "latency", "sheets", "failures", "training", "bundles"):
+        assert f'<section id="{key}">' in page
+    assert "Could not be read" not in page
 
 
 def test_it_compiles_where_tensorrt_rtx_is_installed(demo):

@@ -140,6 +140,64 @@ def test_every_kind_is_found_at_any_depth_and_named_by_its_path(tmp_path, small_
         assert words in page.text
 
 
+def test_what_the_benchmarks_write_is_found_and_drawn(tmp_path, small_bundle, small_run):
+    short = ("--budget", "0.2", "--batch-sizes", "1", "--threads", "1")
+    here = ("--data", small_run.data, "--split", "test")
+    for command in (
+        (
+            "latency",
+            small_bundle,
+            *short,
+            "--no-stages",
+            "--out",
+            tmp_path / "l.json",
+            "--samples",
+            tmp_path / "l.jsonl",
+        ),
+        ("throughput", small_bundle, *short, "--out", tmp_path / "t.json", "--samples", tmp_path / "t.jsonl"),
+        (
+            "compare",
+            small_bundle,
+            *short,
+            "--backends",
+            "onnxruntime,onnxruntime+throttled",
+            "--out",
+            tmp_path / "c.json",
+        ),
+        ("recall", small_bundle, *here, "--rerank", "5", "--out", tmp_path / "r.json"),
+    ):
+        done = dualmatch("bench", *command)
+        assert done.code == 0, done.err
+    found = discover(tmp_path)
+    assert found.unreadable == []
+    assert [one.name for one in found.latencies] == ["l.json", "t.json"]
+    for one in found.latencies:
+        assert [len(one.samples[n]) for n in sorted(one.samples)] == [
+            c["request_latency"]["count"] for c in one.values["cases"]
+        ]
+    assert [one.name for one in found.comparisons] == ["c.json"]
+    assert [one.name for one in found.recalls] == ["r.json"]
+    page = Page(write_report(tmp_path).path)
+    for slice_ in found.recalls[0].values["slices"]:
+        assert slice_["slice"] in page.text
+    for row in found.recalls[0].values["rows"]:
+        assert f"{row['rsum_interval'][0]:.1f} to {row['rsum_interval'][1]:.1f}" in page.text
+    for case in found.comparisons[0].values["cases"]:
+        assert case["label"] in page.text
+
+
+def test_recalls_on_different_pairs_are_not_drawn_beside_each_other(tmp_path):
+    report = compare_report(("fp32", 2.0, 500.0), ("fp16", 1.0, 400.0))
+    write(tmp_path / "both.json", report)
+    assert "do not compare" not in Page(write_report(tmp_path).path).text
+    for number, case in enumerate(report["cases"]):
+        case["recall"]["protocol"] = {"images": 100 + number, "captions": 500}
+    write(tmp_path / "both.json", report)
+    page = Page(write_report(tmp_path).path)
+    assert "do not compare" in page.text
+    assert "Median latency" in page.all("svg")[0]["aria-label"]
+
+
 def test_a_bundle_by_itself_is_reported_beside_it(small_bundle, tmp_path):
     with pytest.raises(DualmatchError, match="say where to write it with --out"):
         write_report(small_bundle)

@@ -73,7 +73,8 @@ class FoundReport:
         """The processor that it was measured on."""
         cpu = self.values.get("environment", {}).get("cpu") or {}
         words = [str(cpu["model"])] if cpu.get("model") else []
-        return ", ".join([*words, *([f"{cpu['logical_cores']} cores"] if cpu.get("logical_cores") else [])])
+        words += [f"{cpu['logical_cores']} cores"] if cpu.get("logical_cores") else []
+        return ", ".join(words) or "Machine not recorded"
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,9 @@ from dualmatch.runtime.page import Markup, shown
 
 STYLE = """
 header p { max-width: 60rem; } nav { display: flex; flex-wrap: wrap; gap: .35rem 1rem; margin: 1rem 0 0; padding: .6rem 0; border-block: 1px solid var(--line); }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); align-items: start; margin: .8rem 0; }
-.plots > figure, figure.plot-box { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem; max-width: 34rem; margin: .8rem 0; }
-.plots > figure { margin: 0; } figure .heading { font-weight: 600; font-size: .9rem; margin: 0 0 .4rem; }
+figure.plot-box { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: start; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem; margin: .8rem 0; }
+figure.plot-box > svg { flex: 1 1 19rem; max-width: 28rem; } figure.plot-box > .wide { flex: 1 1 24rem; min-width: 0; } figure .heading { flex: 0 0 100%; font-weight: 600; font-size: .9rem; margin: 0; }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); align-items: start; margin: .8rem 0; } .plots > figure.plot-box { margin: 0; }
 details { margin: .4rem 0; } summary { cursor: pointer; color: var(--tone1); }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1rem; } dt { color: var(--soft); } dd { margin: 0; }
 code { display: block; width: fit-content; max-width: 100%; margin-top: .15rem; background: var(--card); border: 1px solid var(--line); border-radius: .25rem; padding: .05rem .3rem; }

@@ -1,38 +1,35 @@
 """The report's sections with photographs: every trained network run on a data set, its answers, its failures, where it looks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dualmatch.runtime import streaming
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.evaluate import encode_dataset
 from dualmatch.runtime.page import image_tag, shown, thumbnail
-from dualmatch.runtime.recall import Ranks, Recall
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.sheet import Hit, hit_list
 
-from .found import Findings, FoundBundle, Values
+from .found import Findings, Values
+from .models import Model, Progress, one_of_each, run_models
 from .parts import Section
 
 TOP = 5
 NUM_FAILURES, NUM_DISAGREEMENTS = 3, 2  # each way, for every network
 THUMBNAIL = 200  # pixels, the longer side
 PICTURES_STYLE = """
-.answers { margin-top: .6rem; } .answers > p { font-size: .85rem; margin: 0 0 .3rem; }
-.answers .hits { grid-template-columns: repeat(auto-fill, minmax(min(48%, 7.5rem), 1fr)); gap: .5rem; } .answers .facts { padding: .25rem .4rem; gap: .4rem; font-size: .75rem; }
-.answers .facts .id { display: none; } .query-photo { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: start; }
-.query-photo > figure { flex: 0 0 auto; margin-top: .6rem; } .query-photo > .lists { flex: 1 1 18rem; min-width: 0; display: flex; flex-wrap: wrap; gap: 0 1.2rem; } .lists > .answers { flex: 1 1 17rem; min-width: 0; }
+.lists { display: flex; flex-wrap: wrap; gap: 0 1.5rem; } .answers { flex: 1 1 30rem; min-width: 0; max-width: 46rem; margin-top: .6rem; } .answers > p { font-size: .85rem; margin: 0 0 .3rem; }
+.answers .hits { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem; } @media (min-width: 40rem) { .answers .hits { grid-template-columns: repeat(5, minmax(0, 1fr)); } }
+.answers .facts { padding: .25rem .4rem; gap: 0 .4rem; font-size: .75rem; flex-wrap: wrap; white-space: nowrap; } .answers .facts .id { display: none; }
+.query-photo { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: start; } .query-photo > figure { flex: 0 0 auto; margin-top: .6rem; max-width: 100%; }
+.query-photo > .lists { flex: 1 1 18rem; min-width: 0; } .query-photo .answers { flex-basis: 17rem; }
 ol.captions { margin: 0; padding: 0; list-style: none; font-size: .9rem; } ol.captions li { display: flex; gap: .5rem; padding: .2rem .4rem; border-bottom: 1px solid var(--line); }
 ol.captions li > span:nth-child(2) { flex: 1; min-width: 0; } ol.captions li.right { box-shadow: inset 3px 0 0 var(--good); } ol.captions .mark { color: var(--good); font-weight: 600; white-space: nowrap; }
+.looks { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; margin-top: .6rem; } .looks img { width: 100%; max-width: 15rem; }
 article > h3 { margin: 0; font-size: 1rem; }
 """
-
-Progress = Callable[[str, int, int], None]
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +38,6 @@ class Pictures:
 
     recalls: Sequence[tuple[str, Values]]
     sections: Sequence[Section]
-    has_attention: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """One trained network on the data set.
-
-    Attributes:
-        label: for people.
-        images, captions: embeddings, (n, d).
-        image_ranks, caption_ranks: of the best right answer, counted from 0.
-    """
-
-    label: str
-    images: Vectors
-    captions: Vectors
-    image_ranks: Ranks
-    caption_ranks: Ranks
-    recall: Recall
 
 
 def pictures_of(
@@ -78,49 +56,24 @@ def pictures_of(
     Raises:
         DualmatchError: there is no bundle, or one cannot run on this data or backend.
     """
-    chosen = _one_of_each(found.bundles)
+    chosen = one_of_each(found.bundles)
     if not chosen:
         raise DualmatchError(
             "--data runs bundles, and the folder holds none; `dualmatch export RUN --out BUNDLE` makes one."
         )
-    image_of = np.array(dataset.caption_image)
-    models = []
-    for one in chosen:
-        images, captions = encode_dataset(
-            one.bundle,
-            dataset,
-            backend=backend,
-            threads=threads,
-            batch_size=batch_size,
-            regions=regions,
-            progress=progress,
-        )
-        of_images, of_captions, _ = streaming.ranks([(images, captions)], image_of)
-        found_recall = streaming.evaluate([(images, captions)], caption_image=image_of, split=", ".join(dataset.splits))
-        label = one.name if len(chosen) == 1 or one.network in one.name.upper() else f"{one.network} ({one.name})"
-        models.append(
-            Model(
-                label=label,
-                images=images,
-                captions=captions,
-                image_ranks=of_images,
-                caption_ranks=of_captions,
-                recall=found_recall,
-            )
-        )
+    models = run_models(
+        chosen, dataset, regions=regions, backend=backend, threads=threads, batch_size=batch_size, progress=progress
+    )
     show = _Show(dataset, models)
-    sections = [show.sheet(num_queries), show.failures()]
     return Pictures(
-        recalls=[(f"{model.label}, run for this report", model.recall.to_json()) for model in models], sections=sections
+        recalls=[(f"{model.label}, run for this report", model.recall.to_json()) for model in models],
+        sections=[show.sheet(num_queries), show.failures()],
     )
 
 
-def _one_of_each(bundles: Iterable[FoundBundle]) -> list[FoundBundle]:
-    """A bundle of every trained network, the first by name: its other precisions differ in the flips that the gate counts."""
-    chosen: dict[str, FoundBundle] = {}
-    for one in bundles:
-        chosen.setdefault(one.checkpoint, one)
-    return list(chosen.values())
+def spread(count: int, wanted: int) -> list[int]:
+    """So many indices evenly spaced over 0 … count - 1, or all."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int)).tolist()
 
 
 class _Show:
@@ -133,14 +86,12 @@ class _Show:
 
     def sheet(self, count: int) -> Section:
         """Evenly spaced queries both ways: not chosen, so that what they show is the rule."""
-        spread = np.unique(
-            np.linspace(0, len(self.items) - 1, min(2 * count, len(self.items))).round().astype(int)
-        ).tolist()
+        queries = spread(len(self.items), 2 * count)
         note = f'<p class="soft">Queries evenly spaced over {len(self.items)} images, not chosen; right answers are marked.</p>'
         body = [note, "<h3>Text to image</h3>"]
-        body += [self.text_query(self.first_caption[image]) for image in spread[::2]]
+        body += [self.text_query(self.first_caption[image]) for image in queries[::2]]
         body.append("<h3>Image to text</h3>")
-        body += [self.image_query(image) for image in spread[1::2]]
+        body += [self.image_query(image) for image in queries[1::2]]
         return Section(key="sheets", title=f"Retrieval: the first {TOP} answers", body=body)
 
     def failures(self) -> Section:
@@ -185,7 +136,7 @@ class _Show:
                 for image in best
             ]  # fmt: skip
             parts.append(self.answers(model, rank, hit_list(hits, side=THUMBNAIL)))
-        return f"<article><h3>“{shown(self.captions[caption])}”</h3>{''.join(parts)}</article>"
+        return f"<article><h3>“{shown(self.captions[caption])}”</h3><div class='lists'>{''.join(parts)}</div></article>"
 
     def image_query(self, image: int, models: Sequence[Model] = (), *, with_right: bool = False) -> str:
         """A photograph and the captions that each model finds for it."""

@@ -70,7 +70,7 @@ def write_report(
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
     sections = _sections(found, pictures)
-    missing = _missing(root, found, pictures)
+    missing = _missing(root, found, pictures, dataset)
     title = f"dualmatch report: {root.resolve().name}"
     try:
         write_atomically(
@@ -116,11 +116,13 @@ def _sections(found: Findings, pictures: Pictures | None) -> list[Section]:
     return [one for one in sections if one is not None]
 
 
-def _missing(root: Path, found: Findings, pictures: Pictures | None) -> list[tuple[str, str]]:
+def _missing(root: Path, found: Findings, pictures: Pictures | None, dataset: Dataset | None) -> list[tuple[str, str]]:
     """What there is not, and how to make it."""
     bundle = _path(root, found.bundles[0].name) if found.bundles else "BUNDLE"
     run = _path(root, found.runs[0].name) if found.runs else "RUN"
     data = quote(str(found.data[0])) if found.data else "DATA"
+    if dataset is not None:
+        data = quote(str(dataset.root or dataset.name))
     second = _path(root, found.bundles[1].name) if len(found.bundles) > 1 else "BUNDLE2"
     here = quote(str(root))
     wanted = [
@@ -150,10 +152,6 @@ def _missing(root: Path, found: Findings, pictures: Pictures | None) -> list[tup
     missing = [(what, command) for there, what, command in wanted if not there]
     if found.comparisons and not any(report.values.get("roofs") for report in found.comparisons):
         missing.append(("roofline", f"dualmatch bench compare {bundle} {second} --out {here}/compare.json"))
-    if pictures is not None and not pictures.has_attention:
-        missing.append(
-            ("attention pictures", f"dualmatch export {run} --data {data} --out {here}/bundle-attention --attention")
-        )
     return missing
 
 
@@ -188,4 +186,4 @@ def _summary(found: Findings) -> str:
         (len(found.comparisons), "comparison"), (len(found.recalls) + len(found.evaluations), "recall report"), (len(found.verifications), "verification"),
     ]  # fmt: skip
     words = [f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts if number]
-    return f'<p class="soft">Found: {shown(", ".join(words))}. Every plot has its numbers below it.</p>'
+    return f'<p class="soft">Found: {shown(", ".join(words))}. Every plot has its numbers beside or below it.</p>'

@@ -76,8 +76,7 @@ def _bench_recall(report: FoundReport) -> list[str]:
     bars, cells = [], []
     for number, row in enumerate(values["rows"]):
         low, high = row["rsum_interval"]
-        label = " + ".join(row["models"]) + (f", re-ranked {row['rerank']}" if row["rerank"] else "")
-        label += f", {row['protocol_name']}" if row.get("protocol_name", "full") != "full" else ""
+        label = _who(row)
         bars.append(
             Row(label=f"{label}: {row['rsum']:.1f}", line=(low, high), dots=[(row["rsum"], True)], tone=tone_of(number))
         )
@@ -94,13 +93,25 @@ def _bench_recall(report: FoundReport) -> list[str]:
     if values.get("comparisons"):
         told = [
             (
-                " + ".join(c["of"]["models"]), " + ".join(c["against"]["models"]), f"{c['rsum_difference']:+.1f}",
+                _who(c["of"]), _who(c["against"]), f"{c['rsum_difference']:+.1f}",
                 f"{c['interval'][0]:+.1f} to {c['interval'][1]:+.1f}",
+                "yes" if c["interval"][0] > 0 or c["interval"][1] < 0 else "no",
             )
             for c in values["comparisons"]
         ]  # fmt: skip
-        parts.append(table(("model", "against", "difference of Rsum", "95 %"), told))
+        heads = ("model", "against", "difference of Rsum", "95 %", "more than chance")
+        parts += ["<h3>Differences on the same queries</h3>", table(heads, told)]
     return parts + _slices(values) + _hard_pairs(values)
+
+
+def _who(row: Values) -> str:
+    """The models of a row, and how they were ranked where it is not the plain way."""
+    words = [" + ".join(row["models"])]
+    if row.get("rerank"):
+        words.append(f"re-ranked {row['rerank']}")
+    if row.get("protocol_name", "full") != "full":
+        words.append(str(row["protocol_name"]))
+    return ", ".join(words)
 
 
 def _slices(values: Values) -> list[str]:
@@ -141,7 +152,7 @@ def _slices(values: Values) -> list[str]:
         figures.append(
             figure(picture, table(("captions", "number", "R@1", "95 %", "R@5", "R@10"), cells), heading=title)
         )
-    return ["<h3>Where it is weak: by kind of caption</h3>", plots(figures)]
+    return ["<h3>Where it is weak: by kind of caption</h3>", *figures]
 
 
 def _hard_pairs(values: Values) -> list[str]:
@@ -171,34 +182,21 @@ def precision_section(found: Findings) -> Section | None:
         return None
     lines, cells, notes = [], [], []
     for number, (name, parity) in enumerate(compared):
-        before, after = parity["comparison"]["before"], parity["comparison"]["after"]
-        lines.append(
-            Row(
-                label=f"{name}: {before['rsum']:.2f} → {after['rsum']:.2f}",
-                line=(before["rsum"], after["rsum"]),
-                dots=[(before["rsum"], False), (after["rsum"], True)],
-                tone=tone_of(number),
-            )
-        )
-        cells += [
-            (name, "before, torch", *recall_cells(before), "", ""),
-            (
-                "",
-                "after",
-                *recall_cells(after),
-                f"{parity['comparison']['rsum_loss']:.2f}",
-                f"{parity['comparison']['bound']:.2f}",
-            ),
-        ]
-        notes.append(
-            f"<p><b>{shown(name)}</b>: {shown(str(parity['verdict']))}; {shown(str(parity['reason']))}. <span class=soft>{shown(protocol_words(before['protocol']))}</span></p>"
-        )
-    title = "Rsum before (hollow) and after (filled) export"
+        comparison = parity["comparison"]
+        before, after, loss, bound = (comparison[key] for key in ("before", "after", "rsum_loss", "bound"))
+        label = f"{name}: {before['rsum']:.2f} → {after['rsum']:.2f}"
+        lines.append(Row(label=label, line=(loss, bound), dots=[(loss, True)], tone=tone_of(number)))
+        cells.append((name, "before, torch", *recall_cells(before), "", ""))
+        cells.append(("", "after", *recall_cells(after), f"{loss:.2f}", f"{bound:.2f}"))
+        words = shown(protocol_words(before["protocol"]))
+        verdict = f"{shown(str(parity['verdict']))}; {shown(str(parity['reason']))}"
+        notes.append(f'<p><b>{shown(name)}</b>: {verdict}. <span class="soft">{words}</span></p>')
+    title = "Rsum lost by export: measured (point), and at most so much with 95 % confidence (line)"
     heads = ("", "", *RECALL_HEADS, "loss", "95 % bound")
     note = '<p class="soft">On the pairs that the gate had, training pairs among them: it shows what export costs, not how well the network generalises.</p>'
     return Section(
         key="precision", title="Recall before and after each precision",
-        body=[note, figure(rows(title, lines, Axis(label="Rsum")), table(heads, cells), heading=title), *notes],
+        body=[note, figure(rows(title, lines, Axis(label="points of Rsum lost"), from_zero=True), table(heads, cells), heading=title), *notes],
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ COMPARE = {
             "request_latency": {"p50": float, "intervals": {"p50": [float]}, "count": int},
             "times_as_fast": {"against": str, "value": float, "interval": [float]},
             "round_medians_ms": [float],
-            "recall": ({"rsum": float, "source": str}, None),
+            "recall": ({"rsum": float, "source": str, "protocol?": {"images?": int, "captions?": int}}, None),
             "roofline?": (ROOFLINE, None),
         }
     ],

@@ -11,7 +11,7 @@ from dualmatch.runtime.page import Markup, shown, table
 from dualmatch.runtime.plot import Axis, Row, Series, chart, rows, tone_of
 
 from .found import Findings, FoundReport, Values
-from .parts import Section, figure, plots
+from .parts import Section, figure
 
 NUM_BINS = 40
 SHOWN_UP_TO = 0.995  # of the samples: the axis would belong to a single stall; max stands in the table
@@ -34,7 +34,7 @@ def _latency(report: FoundReport) -> list[str]:
         [
             *([precision] if precision else []),
             *words,
-            *([f"{subject['threads']} threads"] if subject.get("threads") else []),
+            *([f"{subject['threads']} thread{'s' * (subject['threads'] != 1)}"] if subject.get("threads") else []),
         ]
     )
     figures = []
@@ -50,10 +50,10 @@ def _latency(report: FoundReport) -> list[str]:
         if report.samples
         else "Line: from the fastest to p99; point: the median."
     )
-    parts = [f"<h3>{shown(report.name)}</h3>", f'<p class="soft">{shown(facts)}. {shown(report.machine)}. {note}</p>']
+    parts = [f"<h3>{shown(report.name)}</h3>", f'<p class="soft">{shown(report.machine)}. {shown(facts)}. {note}</p>']
     if not all(case["stable"] for case in report.values["cases"]):
         parts.append('<p class="bad">UNSTABLE cases are marked: their windows disagree, do not quote them.</p>')
-    return [*parts, plots(figures), *_stages(report)]
+    return [*parts, *figures, *_stages(report)]
 
 
 def _distribution(case: Values, samples: Nanoseconds | None, tone: int) -> Row:
@@ -129,8 +129,8 @@ def compare_section(found: Findings) -> Section | None:
     for report in found.comparisons:
         figures = [_compared(*key, group) for key, group in _groups(report).items()]
         sources = sorted({case["recall"]["source"] for case in report.values["cases"] if case["recall"]})
-        note = f"Variants took turns, A B B A. Recall: {'; '.join(sources) or 'not known'}. {report.machine}."
-        body += [f"<h3>{shown(report.name)}</h3>", f'<p class="soft">{shown(note)}</p>', plots(figures)]
+        note = f"{report.machine}. Variants took turns, A B B A. Recall: {'; '.join(sources) or 'not known'}."
+        body += [f"<h3>{shown(report.name)}</h3>", f'<p class="soft">{shown(note)}</p>', *figures]
     return Section(key="compare", title="Speed beside recall", body=body) if body else None
 
 
@@ -144,6 +144,7 @@ def _groups(report: FoundReport) -> dict[tuple[str, int], list[Values]]:
 def _compared(encoder: str, batch: int, cases: Sequence[Values]) -> Markup:
     title = f"{encoder} encoder, batch {batch}"
     known = [case for case in cases if case["recall"]]
+    comparable = len({str(case["recall"].get("protocol")) for case in known}) <= 1  # each gate had its own pairs
     cells = []
     for case in cases:
         low, high = case["times_as_fast"]["interval"]
@@ -152,10 +153,14 @@ def _compared(encoder: str, batch: int, cases: Sequence[Values]) -> Markup:
         cells.append((
             number, case["label"] + ("" if case["stable"] else " UNSTABLE"), format_number(case["request_latency"]["p50"]), _interval(case["request_latency"]["intervals"]["p50"]),
             f"{case['times_as_fast']['value']:.2f}", "reference" if reference else f"{low:.2f} to {high:.2f}",
-            f"{case['recall']['rsum']:.1f}" if case["recall"] else "-", {True: "yes", False: "no", None: "-"}[case["pareto"]],
+            f"{case['recall']['rsum']:.1f}" if case["recall"] else "-", {True: "yes", False: "no", None: "-"}[case["pareto"] if comparable else None],
         ))  # fmt: skip
     numbers = table(("", "variant", "p50 ms", "95 %", "times as fast", "95 %", "Rsum", "on the front"), cells)
-    if known:
+    if not comparable:
+        numbers = Markup(
+            f"{numbers}<p class='bad'>The recalls were measured on different pairs and do not compare: measure them with --data.</p>"
+        )
+    elif known:
         points = [(case["label"], case["request_latency"]["p50"], case["recall"]["rsum"]) for case in known]
         return figure(pareto.plot(f"Speed beside recall: {title}", points), numbers, heading=title)
     lines = [
@@ -181,11 +186,11 @@ def roofline_section(found: Findings) -> Section | None:
             body += [
                 f"<h3>{shown(report.name)}</h3>",
                 f'<p class="soft">Roofs measured on the same machine: {shown(report.machine)}. {_roof_words(roofs)}</p>',
-                plots([
+                *(
                     _roofline(encoder, [case for case in cases if case["encoder"] == encoder], roofs)
                     for encoder in dict.fromkeys(case["encoder"] for case in cases)
-                ]),
-            ]  # fmt: skip
+                ),
+            ]
     return Section(key="roofline", title="Roofline", body=body) if body else None
 
 
@@ -214,7 +219,7 @@ def _roofline(encoder: str, cases: Sequence[Values], roofs: Values) -> Markup:
         point = (one["intensity"], one["achieved"]["operations_per_s"] / 1e9)
         series.append(
             Series(
-                label=f"{number + 1}  {label}",
+                label=f"{number + 1}: {label}",
                 points=[point],
                 kind="points",
                 tone=tone_of(number),
