@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from dualmatch.bench.html.found import discover
+from dualmatch.bench.html.models import Model
+from dualmatch.bench.html.pictures import Show
 from dualmatch.bench.html.report import write_report
+from dualmatch.runtime import streaming
+from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.datasets import open_dataset
 from dualmatch.runtime.errors import DualmatchError
 
@@ -386,3 +390,43 @@ def test_what_cannot_be_reported_is_refused(line, code, words, tmp_path, small_r
     assert words in done.err
     assert code == 2 or one_sentence(done.err)
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_two_networks_stand_side_by_side_and_where_they_differ_most(small_bundle, small_run):
+    """One that knows every caption, and one that takes each for the next image's."""
+    data = open_dataset(small_run.data).select(["test"])
+    image_of = np.array(data.caption_image)
+    count = len(data.items)
+    models = []
+    for label, shift in (("knows", 0), ("mistakes", 1)):
+        images = np.eye(count, dtype=np.float32)
+        captions = (
+            np.roll(images, shift, axis=1)[image_of]
+            + 0.01 * images[::-1][image_of]
+            + np.linspace(0, 1e-3, count, dtype=np.float32)
+        )
+        of_images, of_captions, _ = streaming.ranks([(images, captions)], image_of)
+        models.append(
+            Model(
+                label=label, bundle=load_bundle(small_bundle), images=images, captions=captions, image_ranks=of_images, caption_ranks=of_captions,
+                recall=streaming.evaluate([(images, captions)], caption_image=image_of),
+            )
+        )  # fmt: skip
+    assert models[0].caption_ranks.max() == 0
+    assert models[1].caption_ranks.max() >= 5
+    show = Show(data, models)
+    for article in "".join(show.sheet(2).body).split("<article")[1:]:
+        knows, mistakes = article.split('<div class="answers">')[1:]
+        assert "<b>knows</b>" in knows
+        assert "rank 1<" in knows
+        assert "<b>mistakes</b>" in mistakes
+        assert "rank 1<" not in mistakes
+    failures = "".join(show.failures().body)
+    assert "farthest from right, mistakes" in failures
+    assert "farthest from right, knows" not in failures
+    assert "knows is right at once, mistakes is not" in failures
+    assert "mistakes is right at once" not in failures
+    for row in failures.split('<div class="answers">')[1:]:
+        rank = row.split("first right answer: rank ")[1].split("<")[0]
+        assert "✓ right" in row
+        assert f">{rank}</span>" in row  # the right answer stands with its rank, first or last

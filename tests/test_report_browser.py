@@ -2,11 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from dualmatch.bench.html.report import write_report
+from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.datasets import open_dataset
+from dualmatch.runtime.gate_report import write_gate_report
+from dualmatch.runtime.sheet import Hit, Search, search_sheet
+from dualmatch.runtime.verify import NamedFlip, verify
 
 from . import browser
 from .demo_fixture import dualmatch
@@ -153,6 +158,30 @@ def test_every_link_leads_somewhere_and_every_plot_has_its_numbers(opened, page)
     assert opened.evaluate(in_figures) == 0
     assert opened.evaluate("document.querySelectorAll('#training figure.plot-box').length") == 6
     assert opened.evaluate("document.querySelectorAll('#training details table').length") == 2
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_sheets_and_the_gates_page_can_be_read_too(opened, tmp_path, small_bundle, small_run, width):
+    photos = [item for item in small_run.dataset.items if item.path]
+    hits = [
+        Hit(score=0.9, id=f"{item.id}{'-long' * 30}", image=item.path, caption=item.captions[0], right=True)
+        for item in photos[:7]
+    ]
+    search_sheet(
+        [Search(query="word " * 40, hits=hits), Search(query=photos[0].path, hits=hits)], tmp_path / "sheet.html"
+    )
+    found = verify(load_bundle(small_bundle), small_run.dataset)
+    flips = [
+        NamedFlip(direction=way, query=photos[0].captions[0], image=photos[0].id, rank_before=1, rank_after=12, first_before=photos[1].id, first_after="gone.png")
+        for way in ("i2t", "t2i")
+    ]  # fmt: skip
+    write_gate_report(replace(found, flips=tuple(flips)), tmp_path / "gate.html", title="gate")
+    for name in ("sheet.html", "gate.html"):
+        opened.open(tmp_path / name, width=width, dark=True)
+        assert opened.evaluate("document.querySelectorAll('img').length") >= 3
+        for check in (OVERFLOWING, NO_ALTERNATIVE, PALE):
+            assert opened.evaluate(check) == []
+        assert opened.requests() == [(tmp_path / name).resolve().as_uri()]
 
 
 PLANTED = {

@@ -13,7 +13,7 @@ from dualmatch.bench.bundle_compare import SCHEMA as COMPARE_SCHEMA
 from dualmatch.bench.measure import Nanoseconds
 from dualmatch.bench.report import SCHEMA as LATENCY_SCHEMA
 from dualmatch.runtime.bundle import MANIFEST, Bundle, load_bundle
-from dualmatch.runtime.datasets.captions import CAPTIONS_FILE
+from dualmatch.runtime.datasets.captions import CAPTIONS_FILE, IMAGES_FOLDER
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import strict_json
 
@@ -47,7 +47,7 @@ class FoundBundle:
     @property
     def network(self) -> str:
         """`DSRAN`, `VSRN`."""
-        return str(self.bundle.manifest.model["name"]).upper()
+        return str(self.bundle.manifest.model.get("name", "network")).upper()
 
     @property
     def precision(self) -> str:
@@ -137,7 +137,7 @@ def discover(root: Path) -> Findings:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders with their files, by name; hidden ones, galleries and what lies inside bundles and data sets are left out."""
+    """Folders with their files, by name; hidden ones, galleries, photographs of data sets and what lies inside bundles are left out."""
     seen: set[Path] = set()
     waiting = [root]
     while waiting:
@@ -153,8 +153,9 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         if "index.json" in files:  # a gallery: millions of items, and nothing to show of it
             continue
         yield folder, files
-        if MANIFEST not in files and CAPTIONS_FILE not in files:
-            waiting += [Path(entry.path) for entry in reversed(entries) if entry.is_dir()]
+        if MANIFEST not in files:
+            photographs = IMAGES_FOLDER if CAPTIONS_FILE in files else ""
+            waiting += [Path(entry.path) for entry in reversed(entries) if entry.is_dir() and entry.name != photographs]
 
 
 def _bundle(folder: Path, name: str, found: Findings) -> None:

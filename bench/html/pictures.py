@@ -64,7 +64,7 @@ def pictures_of(
     models = run_models(
         chosen, dataset, regions=regions, backend=backend, threads=threads, batch_size=batch_size, progress=progress
     )
-    show = _Show(dataset, models)
+    show = Show(dataset, models)
     return Pictures(
         recalls=[(f"{model.label}, run for this report", model.recall.to_json()) for model in models],
         sections=[show.sheet(num_queries), show.failures()],
@@ -76,7 +76,7 @@ def spread(count: int, wanted: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int)).tolist()
 
 
-class _Show:
+class Show:
     """Queries with the answers of all models one below the other."""
 
     def __init__(self, dataset: Dataset, models: Sequence[Model]) -> None:
