@@ -64,6 +64,11 @@ if TYPE_CHECKING:
     type=click.FloatRange(-1, 1),
     help="Floor of the worst cosine to torch. [default: 0.999 at fp16, see docs/gate.md]",
 )
+@click.option(
+    "--attention",
+    is_flag=True,
+    help="Let the image graph give its nodes too, for pictures of what the network looks at.",
+)
 @gate_report_option
 @click.option(
     "--triton", type=existing, metavar="DIR", help="Write a Triton model repository too; see `dualmatch triton`."
@@ -88,6 +93,7 @@ def command(
     int8: bool,
     one_sentence: bool,
     unverified: bool,
+    attention: bool,
     as_json: bool,
 ) -> None:
     """Export RUN's best epoch as a bundle: two ONNX graphs that left the gate with their recall.
@@ -128,6 +134,7 @@ def command(
                 regions=regions_of(opened, region_file(regions, dataset)),
                 unverified=unverified,
                 tolerances=tolerances_for(opened, precision, max_rsum_loss=max_rsum_loss, min_cosine=min_cosine),
+                attention=attention,
                 generated_data=data if data == "scenes" else None,
                 progress=progress,
             )

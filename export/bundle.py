@@ -10,16 +10,20 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from dualmatch.models import VSRN
 from dualmatch.models.text import PAD_ID
+from dualmatch.runtime.backends import TensorSpec
 from dualmatch.runtime.bundle import Bundle, EncoderEntry, FileEntry, Manifest, file_entry, load_bundle, write_manifest
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import directory_built_aside, refuse_existing
+from dualmatch.runtime.nodes import NodesOutput
 from dualmatch.runtime.parity import Tolerances
 from dualmatch.runtime.reference import Reference
 from dualmatch.runtime.regions import RegionFile
+from dualmatch.runtime.stages import GraphCheck
 from dualmatch.runtime.verify import Verification, verify
 from dualmatch.training.about import changes
 from dualmatch.training.checkpoint import Run, versions
@@ -32,6 +36,7 @@ from .graph import OPSET, export_encoder, specs
 from .half import magnitudes, to_half
 from .int8_export import Int8Export
 from .metadata import describe_graphs
+from .nodes import WithNodes
 
 T = TypeVar("T")
 Precision = Literal["fp32", "fp16", "int8"]
@@ -63,6 +68,7 @@ def export_run(
     regions: RegionFile | None = None,
     unverified: bool = False,
     tolerances: Tolerances | None = None,
+    attention: bool = False,
     generated_data: str | None = None,
     progress: Progress = no_progress,
 ) -> ExportResult:
@@ -77,6 +83,7 @@ def export_run(
         calibration: for int8, where the activations' ranges are found; None takes `dataset`.
         tolerances: what the gate allows; None takes `gate.tolerances_for`.
         unverified: write the bundle although the pairs are too few to tell; the manifest records it. A failed gate stays a failure.
+        attention: give the image encoder's graph its nodes as a second output, for pictures of what the network looks at.
         generated_data: name of the data set, if every machine can generate it.
 
     Raises:
@@ -103,13 +110,28 @@ def export_run(
     with directory_built_aside(out) as folder:
         progress("exporting the image encoder", 0, 0)
         probes = _image_probes(run, dataset, regions) if precision == "fp16" else []
+        encoder = WithNodes(model.image_encoder).eval() if attention else model.image_encoder
         image_entry = _graph(
-            run, "image", _image_checks(run, dataset, regions), folder, precision, gate=gate, probes=probes, int8=int8
+            encoder,
+            "image",
+            _image_checks(run, dataset, regions),
+            folder,
+            precision,
+            gate=gate,
+            probes=probes,
+            int8=int8,
         )
         progress("exporting the text encoder", 0, 0)
         probes = _text_probes(run, dataset) if precision == "fp16" else []
         text_entry = _graph(
-            run, "text", _text_checks(run, dataset), folder, precision, gate=gate, probes=probes, int8=int8
+            model.text_encoder,
+            "text",
+            _text_checks(run, dataset),
+            folder,
+            precision,
+            gate=gate,
+            probes=probes,
+            int8=int8,
         )
         (folder / "tokenizer.json").write_bytes(run.tokenizer_path.read_bytes())
         Reference(
@@ -176,7 +198,7 @@ def _seal(folder: Path, manifest: Manifest) -> None:
 
 
 def _graph(
-    run: Run,
+    encoder: nn.Module,
     name: Literal["image", "text"],
     batches: Sequence[Mapping[str, NDArray[Any]]],
     folder: Path,
@@ -187,7 +209,6 @@ def _graph(
     int8: Int8Export | None,
 ) -> EncoderEntry:
     """Export one encoder, rewrite it to the wanted precision, and take each graph through the gate's stages."""
-    encoder = run.model.image_encoder if name == "image" else run.model.text_encoder
     path = folder / f"{name}_encoder.onnx"
     gate.ask_torch(name, encoder, batches)
     traced = {key: torch.from_numpy(value) for key, value in _traced(batches).items()}
@@ -212,16 +233,34 @@ def _graph(
             onnx.save(quantised.engine_model, engine_path)
             gate.check(name, engine_path, "int8 engine", COMPONENT_TOLERANCE["int8"])
     model = onnx.load(path)
+    assert measured.largest_difference is not None
     return EncoderEntry(
         file=path.name,
         precision=precision,
         opset=OPSET,
         inputs=specs(model.graph.input),
-        outputs=specs(model.graph.output),
+        outputs=specs(model.graph.output[:1]),
         tolerance=COMPONENT_TOLERANCE[precision],
-        measured=measured,
+        measured=measured.largest_difference,
         engine_file="" if engine_path == path else engine_path.name,
         quantisation=quantisation,
+        nodes=_nodes(encoder, specs(model.graph.output[1:]), measured, COMPONENT_TOLERANCE[precision]),
+    )
+
+
+def _nodes(
+    encoder: nn.Module, outputs: Sequence[TensorSpec], measured: GraphCheck, tolerance: float
+) -> NodesOutput | None:
+    """What the manifest says of the second output, if there is one."""
+    if not isinstance(encoder, WithNodes):
+        return None
+    (output,) = outputs
+    assert measured.nodes_difference is not None
+    return NodesOutput(
+        output=output,
+        groups=encoder.groups(int(output.shape[1])),
+        tolerance=tolerance,
+        measured=measured.nodes_difference,
     )
 
 

@@ -50,6 +50,7 @@ def compile_bundle(
         records = []
         for name, entry in bundle.manifest.encoders.items():
             file = engine_file(name, flavour)
+            left_out = () if entry.nodes is None else (entry.nodes.output.name,)
             record = build_engine(
                 bundle.path / entry.engine_graph,
                 Path(building) / Path(file).name,
@@ -64,13 +65,14 @@ def compile_bundle(
                 timing_cache=timing_cache,
                 version_compatible=version_compatible,
                 hardware_compatibility=hardware_compatibility,
+                leave_out=left_out,
                 progress=_named(progress, name),
             )
             record = replace(record, file=file)
             script = _script_of(file)
             write_atomically(
                 Path(building) / Path(script).name,
-                reproduce_script(record, graph=entry.engine_graph, script=Path(script).name),
+                reproduce_script(record, graph=entry.engine_graph, script=Path(script).name, left_out=left_out),
             )
             records.append(record)
         # Unlisted before they are replaced: a kill in between costs the engines, not the bundle.

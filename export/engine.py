@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def build_engine(
     timing_cache: Path | None = None,
     version_compatible: bool = False,
     hardware_compatibility: HardwareCompatibility = "none",
+    leave_out: Collection[str] = (),
     progress: Progress | None = None,
 ) -> EngineRecord:
     """Compile the graph at `onnx_path` into a strongly typed engine at `out`, which appears only when it is complete.
@@ -60,6 +61,7 @@ def build_engine(
         timing_cache: kernel timings, read if there and written after the build; `tensorrt` only.
         version_compatible: make an engine that later releases of the same major TensorRT load too; `tensorrt` only.
         hardware_compatibility: make an engine that other GPUs run too, at some cost in speed; `tensorrt` only.
+        leave_out: outputs of the graph that the engine does not give.
         progress: called from another thread as the build goes on.
 
     Raises:
@@ -93,6 +95,9 @@ def build_engine(
         builder = _builder(trt, log, flavour)
         network = _parsed(trt, log, builder, onnx_path, flavour)
         _check_inputs(trt, network, inputs, onnx_path)
+        for output in [network.get_output(index) for index in range(network.num_outputs)]:
+            if output.name in leave_out:
+                network.unmark_output(output)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and then float32 products keep 10 bits

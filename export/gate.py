@@ -16,14 +16,17 @@ from torch import nn
 from dualmatch.runtime.backends import TensorSpec
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.fresh import check_in_fresh_process
+from dualmatch.runtime.nodes import NODES_OUTPUT
 from dualmatch.runtime.parity import TOLERANCES, Decision, Tolerances
 from dualmatch.runtime.stages import (
     EMBEDDING,
     GRAPH_STAGES,
     HALF_MAX,
+    NODES,
     RANGE,
     RECALL,
     Contract,
+    GraphCheck,
     Magnitude,
     Stage,
     StageTable,
@@ -32,6 +35,7 @@ from dualmatch.runtime.verify import Verification
 from dualmatch.training.checkpoint import Run
 
 from .graph import BATCH, LENGTH
+from .nodes import WithNodes
 
 Name = Literal["image", "text"]
 Inputs = Mapping[str, NDArray[Any]]
@@ -94,7 +98,8 @@ class Gate:
         self.checks: dict[str, list[Check]] = {}
 
     def ask_torch(self, name: Name, encoder: nn.Module, batches: Sequence[Inputs]) -> None:
-        """Run torch on each batch; `checks[name]`, inputs with their `embedding`, is what the encoder's graphs are compared with.
+        """Run torch on each batch; `checks[name]`, inputs with their `embedding`, and `nodes` of an encoder that is to give them, is
+        what the encoder's graphs are compared with.
 
         Raises:
             DualmatchError: torch itself gives NaN or infinity.
@@ -102,14 +107,16 @@ class Gate:
         checks: list[Check] = []
         for feeds in batches:
             with torch.inference_mode():
-                wanted = encoder(**{key: torch.from_numpy(value) for key, value in feeds.items()}).numpy()
-            if not np.isfinite(wanted).all():
+                found = encoder(**{key: torch.from_numpy(value) for key, value in feeds.items()})
+            outputs = found if isinstance(encoder, WithNodes) else (found,)
+            wanted = {key: value.numpy() for key, value in zip((EMBEDDING, NODES), outputs, strict=False)}
+            if not all(np.isfinite(value).all() for value in wanted.values()):
                 shapes = {key: list(value.shape) for key, value in feeds.items()}
                 raise DualmatchError(f"torch gives NaN or infinity for inputs {shapes}.")
-            checks.append({**feeds, EMBEDDING: wanted})
+            checks.append({**feeds, **wanted})
         self.checks[name] = checks
 
-    def check(self, name: Name, path: Path, precision: str, tolerance: float) -> float:
+    def check(self, name: Name, path: Path, precision: str, tolerance: float) -> GraphCheck:
         """Take a graph's file through names, axes, shapes and values.
 
         Args:
@@ -117,7 +124,7 @@ class Gate:
             tolerance: largest absolute difference of a component to torch.
 
         Returns:
-            The largest that was seen.
+            What was found, with the largest differences that were seen.
 
         Raises:
             GateRefusedError: a stage failed.
@@ -127,8 +134,7 @@ class Gate:
         self.table.record(*found.stages)
         if failed := found.failed:
             self._refuse(f"{path.name} at {precision} {failed.found} (stage {failed.name})")
-        assert found.largest_difference is not None
-        return found.largest_difference
+        return found
 
     def check_range(self, name: Name, magnitudes: Sequence[Magnitude]) -> None:
         """Refuse tensors that float16 cannot hold: a CPU computes float16 graphs in float32 and would hide it.
@@ -187,7 +193,11 @@ def _contract(name: Name, checks: Sequence[Check], tolerance: float) -> Contract
             shape=(BATCH, LENGTH) if np.issubdtype(value.dtype, np.integer) else (BATCH, *value.shape[1:]),
         )
         for key, value in checks[0].items()
-        if key != EMBEDDING
+        if key not in (EMBEDDING, NODES)
     ]
-    output = TensorSpec(name=f"{name}_embedding", dtype="float32", shape=(BATCH, checks[0][EMBEDDING].shape[1]))
-    return Contract(inputs=tuple(inputs), outputs=(output,), tolerance=tolerance)
+    outputs = [
+        TensorSpec(name=output, dtype="float32", shape=(BATCH, *checks[0][key].shape[1:]))
+        for key, output in ((EMBEDDING, f"{name}_embedding"), (NODES, NODES_OUTPUT))
+        if key in checks[0]
+    ]
+    return Contract(inputs=tuple(inputs), outputs=tuple(outputs), tolerance=tolerance)

@@ -16,7 +16,9 @@ from torch import nn
 from dualmatch.models.generalised_pooling import GeneralisedPooling
 from dualmatch.runtime.backends import TensorSpec
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.nodes import NODES_OUTPUT
 
+from .nodes import WithNodes
 from .onnx_gru import OnnxGru
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def export_encoder(
         encoder: in evaluation mode, float32.
         examples: an input of each name, batch first; integer inputs are (batch, length) and get a dynamic length too.
         path: the `.onnx` file to write.
-        output: the output's name.
+        output: the output's name; the nodes that a `WithNodes` gives besides are always called the same.
 
     Returns:
         The model as written.
@@ -56,7 +58,7 @@ def export_encoder(
                 kwargs=dict(examples),
                 dynamo=True,
                 input_names=list(examples),
-                output_names=[output],
+                output_names=[output, NODES_OUTPUT] if isinstance(encoder, WithNodes) else [output],
                 dynamic_shapes={name: {axis: shared[dim] for axis, dim in dims.items()} for name, dims in axes.items()},
                 opset_version=OPSET,
                 verbose=False,

@@ -137,7 +137,7 @@ class Int8Export:
         for start in range(0, len(wanted), step):
             rows = slice(start, start + step)
             feeds = self._inputs(items[rows]) if name == "image" else {"token_ids": self._run.tokenizer(texts[rows])}
-            (part,) = session.run(feeds).values()
+            part = session.run(feeds)[f"{name}_embedding"]
             parts.append(part)
             done = min(start + step, len(wanted))
             self._progress(f"encoding {what} with int8", done, len(wanted))

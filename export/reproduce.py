@@ -46,7 +46,7 @@ def main() -> None:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(GRAPH)):
         sys.exit("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
-    config = builder.create_builder_config()
+{leave_out}    config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     for shapes in PROFILES:
         profile = builder.create_optimization_profile()
@@ -68,6 +68,10 @@ if __name__ == "__main__":
     main()
 '''
 
+_LEAVE_OUT = """    for output in [network.get_output(index) for index in range(network.num_outputs)]:
+        if output.name in {names!r}:
+            network.unmark_output(output)
+"""
 _RTX_OPTIONS = """    if COMPUTE_CAPABILITIES:
         config.num_compute_capabilities = len(COMPUTE_CAPABILITIES)
         for index, capability in enumerate(COMPUTE_CAPABILITIES):
@@ -81,12 +85,13 @@ _TENSORRT_OPTIONS = """    if VERSION_COMPATIBLE:
 """
 
 
-def reproduce_script(record: EngineRecord, *, graph: str, script: str) -> str:
+def reproduce_script(record: EngineRecord, *, graph: str, script: str, left_out: tuple[str, ...] = ()) -> str:
     """The script's text.
 
     Args:
         graph: the ONNX file's name in the bundle, one folder above the script.
         script: the script's own name.
+        left_out: outputs of the graph that the engine does not give.
     """
     rtx = record.flavour == "tensorrt-rtx"
     engine = record.file.rpartition("/")[2]
@@ -108,5 +113,6 @@ def reproduce_script(record: EngineRecord, *, graph: str, script: str) -> str:
         version_compatible=record.version_compatible,
         hardware=record.hardware_compatibility,
         profiles=pformat(profiles, width=110, sort_dicts=False),
+        leave_out=_LEAVE_OUT.format(names=left_out) if left_out else "",
         options=_RTX_OPTIONS if rtx else _TENSORRT_OPTIONS,
     )

@@ -5,10 +5,13 @@ named where they occur; the code is followed, because its checkpoints and tables
 Shape suffixes: B batch, N nodes, D embedding width, T tokens, C channels.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.nodes import NodeKind
 
 from .config import MAX_POOLED, DsranConfig, RegionConfig
 from .generalised_pooling import GeneralisedPooling
@@ -17,6 +20,7 @@ from .pooling import (
     box_geometry,
     box_pooling_weights,
     grid_boxes,
+    l2_norm,
     l2_normalise,
     last_node,
     mean_over_nodes,
@@ -93,7 +97,8 @@ class GridNodes(nn.Module):
             )
         weights = box_pooling_weights(grid_boxes(pooled_size), size, size) if pooled_size not in (0, size) else None
         self.register_buffer("pooling_weights", weights, persistent=False)
-        self.count = (pooled_size or size) ** 2
+        self.boxes = grid_boxes(pooled_size or size)
+        self.count = len(self.boxes)
         self.project = Projection(
             config.trunk.feature_dim or CHANNELS[config.trunk.name]["final"], config, dropout=config.input_dropout
         )
@@ -113,7 +118,7 @@ class PyramidRegions(nn.Module):
 
     def __init__(self, config: DsranConfig) -> None:
         super().__init__()
-        boxes = pyramid_boxes(config.regions.levels)
+        self.boxes = boxes = pyramid_boxes(config.regions.levels)
         size = map_size(config.trunk, config.regions.stage)
         self.stage, self.count = config.regions.stage, len(boxes)
         self.register_buffer("pooling_weights", box_pooling_weights(boxes, size, size), persistent=False)
@@ -192,6 +197,18 @@ class ImageEncoder(nn.Module):
                 names.append("region_positions")
         return tuple(names)
 
+    @property
+    def node_boxes(self) -> dict[NodeKind, Tensor | None]:
+        """The kinds of nodes in the order in which `with_nodes` gives them, with their boxes (n, 4) in fractions of the square that the
+        trunk sees; None where regions come from files, and so do their boxes.
+        """
+        boxes: dict[NodeKind, Tensor | None] = {}
+        if self.grid is not None:
+            boxes["global"] = self.grid.boxes
+        if self.regions is not None:
+            boxes["regional"] = self.regions.boxes if isinstance(self.regions, PyramidRegions) else None
+        return boxes
+
     def forward(
         self, pixels: Tensor | None = None, regions: Tensor | None = None, region_positions: Tensor | None = None
     ) -> Tensor:
@@ -202,16 +219,46 @@ class ImageEncoder(nn.Module):
             regions: (B, N, C), for precomputed regions.
             region_positions: (B, N, position_dim), where the configuration has it.
         """
-        maps: dict[str, Tensor] = {}
-        if pixels is not None:
-            assert self.trunk is not None
-            maps = self.trunk(pixels)
-        return self.embed(maps, regions, region_positions)
+        return self.embed(self._maps(pixels), regions, region_positions)
+
+    def with_nodes(
+        self, pixels: Tensor | None = None, regions: Tensor | None = None, region_positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D) as `forward` gives them, and the nodes (B, N, D) that each is the mean of: the grid's, then the regions'.
+
+        They are the nodes behind the last graph attention, carried through what follows the pooling at the image's own gates, where
+        that is affine: so a node's product with a caption's embedding is its share of their similarity. (Under generalised pooling,
+        whose weights go by channel and rank, the mean is not the embedding.) The paper's Fig. 6 takes V_F and V_R of eq 1, from
+        before any relation.
+        """
+        paths, masks = self._related(self._maps(pixels), regions, region_positions)
+        vectors = self._pooled(paths, masks)
+        fused_BD = self._fuse(vectors)
+        nodes_BND = self._carried(vectors, paths)
+        return (
+            l2_normalise(fused_BD, self.config.l2_epsilon),
+            nodes_BND / l2_norm(fused_BD, self.config.l2_epsilon)[:, None],
+        )
 
     def embed(
         self, maps: dict[str, Tensor], regions: Tensor | None = None, region_positions: Tensor | None = None
     ) -> Tensor:
         """Embeddings (B, D) from the trunk's maps (B, C, H, W) by stage."""
+        vectors = self._pooled(*self._related(maps, regions, region_positions))
+        return l2_normalise(self._fuse(vectors), self.config.l2_epsilon)
+
+    def _maps(self, pixels: Tensor | None) -> dict[str, Tensor]:
+        """The trunk's maps by stage."""
+        if pixels is None:
+            return {}
+        assert self.trunk is not None
+        maps: dict[str, Tensor] = self.trunk(pixels)
+        return maps
+
+    def _related(
+        self, maps: dict[str, Tensor], regions: Tensor | None, region_positions: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The nodes behind the last graph attention of each path or joint graph, and which of them stay."""
         paths: list[Tensor] = []
         masks: list[Tensor | None] = []
         if self.grid is not None:
@@ -230,11 +277,13 @@ class ImageEncoder(nn.Module):
             drawn = [mask for mask in masks if mask is not None]
             masks = [torch.cat(drawn, dim=1) if drawn else None] * len(self.joint_graphs)
             paths = [graph(joined_BND, masks[0]) for graph in self.joint_graphs]
-        vectors = [
+        return paths, masks
+
+    def _pooled(self, paths: list[Tensor], masks: list[Tensor | None]) -> list[Tensor]:
+        return [
             self.poolings[index](nodes_BND, mask_BN) if self.poolings else mean_over_nodes(nodes_BND, mask_BN)
             for index, (nodes_BND, mask_BN) in enumerate(zip(paths, masks, strict=True))
         ]
-        return l2_normalise(self._fuse(vectors), self.config.l2_epsilon)
 
     def _drawn_mask(self, nodes_BND: Tensor) -> Tensor | None:
         """The nodes that stay in this step of training; None where none is dropped."""
@@ -251,6 +300,24 @@ class ImageEncoder(nn.Module):
             return self.fusions[0](vectors[0], vectors[1])
         first, second, third = self.fusions
         return third(first(vectors[0], vectors[1]), second(vectors[2], vectors[3]))
+
+    def _carried(self, vectors: list[Tensor], paths: list[Tensor]) -> Tensor:
+        """Nodes (B, N, D) whose mean is `_fuse(vectors)`, where the vectors are the means of the paths' nodes."""
+        if len(paths) == 1:
+            return paths[0]
+        fusions = cast("list[GatedFusion]", self.fusions)
+        carried = fusions[0].carry((vectors[0], vectors[1]), (paths[0], paths[1]))
+        if not self.joint_graphs:
+            count = sum(nodes_BND.shape[1] for nodes_BND in carried)
+            return torch.cat([nodes_BND * (count / nodes_BND.shape[1]) for nodes_BND in carried], dim=1)
+        first_BND = carried[0] + carried[1]
+        if len(paths) == 2:
+            return first_BND
+        first, second, third = fusions
+        others = second.carry((vectors[2], vectors[3]), (paths[2], paths[3]))
+        fused = first(vectors[0], vectors[1]), second(vectors[2], vectors[3])
+        last = third.carry(fused, (first_BND, others[0] + others[1]))
+        return last[0] + last[1]
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """As usual, but a frozen trunk stays in evaluation mode: its BatchNorm statistics are part of its weights."""

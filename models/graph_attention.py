@@ -112,3 +112,13 @@ class GatedFusion(nn.Module):
         embedded_b_BD = self.embed_b(vector_b_BD)
         gate_BD = torch.sigmoid(self.gate_a(embedded_a_BD) + self.gate_b(embedded_b_BD))
         return gate_BD * embedded_a_BD + (1 - gate_BD) * embedded_b_BD
+
+    def carry(self, vectors: tuple[Tensor, Tensor], nodes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Nodes (B, N, D) of each side through the layer, at the gates that the two `vectors` (B, D) set.
+
+        At fixed gates the layer is affine: where the vectors are the means of the nodes, the means of what comes out sum to `forward`'s.
+        """
+        (vector_a_BD, vector_b_BD), (nodes_a_BND, nodes_b_BND) = vectors, nodes
+        gate_BD = torch.sigmoid(self.gate_a(self.embed_a(vector_a_BD)) + self.gate_b(self.embed_b(vector_b_BD)))
+        gate_B1D = gate_BD[:, None]
+        return gate_B1D * self.embed_a(nodes_a_BND), (1 - gate_B1D) * self.embed_b(nodes_b_BND)

@@ -12,8 +12,13 @@ def l2_normalise(vectors: Tensor, epsilon: float) -> Tensor:
     The authors add epsilon to the norm instead. In float32 the two differ only for norms under about 1e-5; but the ONNX exporter takes
     `+ 1e-12` for `+ 0` and drops it (seen with torch 2.13), and the root's gradient at a zero vector, such as padding, is not finite.
     """
+    return vectors / l2_norm(vectors, epsilon)
+
+
+def l2_norm(vectors: Tensor, epsilon: float) -> Tensor:
+    """What `l2_normalise` divides by, (…, 1)."""
     squares = vectors.square().sum(dim=-1, keepdim=True)
-    return vectors / (squares.clamp(min=epsilon**2) if epsilon else squares).sqrt()
+    return (squares.clamp(min=epsilon**2) if epsilon else squares).sqrt()
 
 
 def mean_over_nodes(nodes_BND: Tensor, mask_BN: Tensor | None) -> Tensor:

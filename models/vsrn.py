@@ -8,6 +8,8 @@ Shape suffixes: B batch, N regions, C channels of a region feature, E embedding 
 import torch
 from torch import Tensor, nn
 
+from dualmatch.runtime.nodes import NodeKind
+
 from .graph_attention import NodeNorm
 from .pooling import box_geometry, box_pooling_weights, l2_normalise, last_node, mean_over_nodes, pyramid_boxes
 from .text import PAD_ID, GruWords, build_words
@@ -66,7 +68,8 @@ class PooledRegions(nn.Module):
 
     def __init__(self, config: VsrnConfig) -> None:
         super().__init__()
-        boxes, size = pyramid_boxes(config.levels), map_size(config.trunk, config.stage)
+        self.boxes = boxes = pyramid_boxes(config.levels)
+        size = map_size(config.trunk, config.stage)
         self.register_buffer("pooling_weights", box_pooling_weights(boxes, size, size), persistent=False)
         geometry = box_geometry(boxes) if config.geometry else boxes.new_zeros(len(boxes), 0)
         self.register_buffer("geometry", geometry, persistent=False)
@@ -113,6 +116,18 @@ class VsrnImageEncoder(nn.Module):
     def forward(self, regions: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
         """Embeddings (B, E) from region features (B, N, C), N the same for all images, or from pre-processed pixels (B, 3, S, S)."""
         return self.summarise(self.nodes(regions, pixels))
+
+    @property
+    def node_boxes(self) -> dict[NodeKind, Tensor | None]:
+        """The kind of nodes that `with_nodes` gives, with their boxes (n, 4) in fractions of the square that the trunk sees; None where
+        regions come from files, and so do their boxes.
+        """
+        return {"regional": None if self.pool is None else self.pool.boxes}
+
+    def with_nodes(self, regions: Tensor | None = None, pixels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, E) as `forward` gives them, and V*, the regions with their relations (B, N, E) (section 4.5)."""
+        nodes_BNE = self.nodes(regions, pixels)
+        return self.summarise(nodes_BNE), nodes_BNE
 
     def embed(self, maps: dict[str, Tensor], regions: Tensor | None = None) -> Tensor:
         """Embeddings (B, E) from the trunk's maps (B, C, H, W) by stage."""

@@ -24,6 +24,7 @@ from .bundle_files import MANIFEST, FileEntry, check_files, file_entry, read_che
 from .configs import from_mapping
 from .errors import DualmatchError
 from .files import refuse_other_kind, sha256_of_bytes, strict_json, write_atomically
+from .nodes import NodesOutput
 from .onnx_files import external_files
 from .preprocess import Preprocess
 from .signature import SIGNATURE, Requirement, check_signature, required_keys, sign_manifest
@@ -54,6 +55,7 @@ class EncoderEntry:
         measured: the largest that was seen, on the parity samples at several batch sizes and lengths.
         engine_file: the graph for TensorRT where that is another one: at int8, which onnxruntime and TensorRT code differently.
         quantisation: at int8: calibration data, clipping percentile, the layers that stay in float32 and the noise that int8 would add.
+        nodes: a second output of the image encoder's graph, where export was asked for it; no engine has it.
     """
 
     file: str
@@ -65,6 +67,7 @@ class EncoderEntry:
     measured: float
     engine_file: str = ""
     quantisation: Mapping[str, Any] = field(default_factory=dict)
+    nodes: NodesOutput | None = None
 
     @property
     def engine_graph(self) -> str:
@@ -106,7 +109,7 @@ class Manifest:
         """
         values = asdict(self)
         for entry in values["encoders"].values():
-            for newer in ("engine_file", "quantisation"):
+            for newer in ("engine_file", "quantisation", "nodes"):
                 if not entry[newer]:
                     del entry[newer]
         return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=2, allow_nan=False) + "\n"
@@ -281,6 +284,11 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
                 f"{path} does not give the {encoder} encoder one output of {manifest.embedding_dimension} components; "
                 "the bundle is damaged, export it again."
             )
+        if entry.nodes is not None:
+            try:
+                entry.nodes.check(manifest.embedding_dimension)
+            except DualmatchError as error:
+                raise DualmatchError(f"{path} {error}; the bundle is damaged, export it again.") from None
         for spec in entry.inputs:
             sizes_of_axes = [axis for axis in spec.shape if isinstance(axis, int)]
             if any(not 1 <= axis <= MAX_DIMENSION for axis in sizes_of_axes):

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import Session, open_encoder
+from .backends import ENGINE_BACKENDS, Session, open_encoder
 from .bundle import Bundle, EncoderName, load_bundle
 from .datasets import ImageItem
 from .errors import DualmatchError
@@ -25,14 +25,23 @@ class _Encoder:
     session: Session
     batch_size: int
 
-    def __init__(self, bundle: Bundle, encoder: EncoderName, *, backend: str, threads: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        encoder: EncoderName,
+        *,
+        backend: str,
+        threads: int,
+        batch_size: int,
+        attention: bool = False,
+    ) -> None:
         if batch_size < 1:
             raise DualmatchError(f"the batch size must be at least 1, got {batch_size}.")
         entry = bundle.manifest.encoders[encoder]
         self.bundle = bundle
         self.batch_size = batch_size
         self.dimension = bundle.manifest.embedding_dimension
-        self.session = open_encoder(bundle, encoder, backend=backend, threads=threads)
+        self.session = open_encoder(bundle, encoder, backend=backend, threads=threads, nodes=attention)
         self._output = entry.outputs[0].name
         promised = {spec.name for spec in entry.inputs}
         if promised != {spec.name for spec in self.session.inputs}:
@@ -70,9 +79,10 @@ class ImageEncoder(_Encoder):
         backend: see `runtime.backends.BACKENDS`.
         threads: 0 leaves the number to the backend.
         regions: for networks with precomputed regions, where their features are.
+        attention: fetch the nodes too, for `encode_with_nodes` and `runtime.attention`.
 
     Raises:
-        DualmatchError: the backend is not available, or regions are needed and missing.
+        DualmatchError: the backend is not available, regions are needed and missing, or nodes are asked for and not to be had.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class ImageEncoder(_Encoder):
         threads: int = 0,
         batch_size: int = 32,
         regions: RegionFile | None = None,
+        attention: bool = False,
     ) -> None:
         bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         names = {spec.name for spec in bundle.manifest.encoders["image"].inputs}
@@ -90,9 +101,18 @@ class ImageEncoder(_Encoder):
             raise DualmatchError(
                 "this bundle's network takes precomputed regions; give their file with --regions FILE."
             )
-        super().__init__(bundle, "image", backend=backend, threads=threads, batch_size=batch_size)
+        self.nodes = bundle.manifest.encoders["image"].nodes if attention else None
+        if attention and self.nodes is None:
+            raise DualmatchError(
+                f"the bundle {bundle.path} does not tell what its network looks at: export it with `dualmatch export … --attention`."
+            )
+        if attention and backend in ENGINE_BACKENDS:
+            raise DualmatchError(
+                f"backend {backend!r} runs engines, which leave out what attention pictures are drawn from; take --backend onnxruntime."
+            )
+        super().__init__(bundle, "image", backend=backend, threads=threads, batch_size=batch_size, attention=attention)
         self._names = names
-        self._regions = regions
+        self.regions = regions
         self._preprocess = bundle.manifest.preprocessing
 
     def prepare(self, image: ImageLike, image_id: str | None = None) -> dict[str, Array]:
@@ -109,19 +129,37 @@ class ImageEncoder(_Encoder):
         if "pixels" in self._names:
             assert self._preprocess is not None
             prepared["pixels"] = self._preprocess(image)
-        if self._regions is not None and "regions" in self._names:
+        if self.regions is not None and "regions" in self._names:
             if image_id is None:
                 if not isinstance(image, str | Path):
                     raise DualmatchError("an image that is not a file needs its id, to find its precomputed regions.")
                 image_id = Path(image).name
-            prepared["regions"] = self._regions.features(image_id)
+            prepared["regions"] = self.regions.features(image_id)
             if "region_positions" in self._names:
-                prepared["region_positions"] = self._regions.positions(image_id)
+                prepared["region_positions"] = self.regions.positions(image_id)
         return prepared
 
     def encode_prepared(self, prepared: Sequence[dict[str, Array]]) -> NDArray[np.float32]:
         """Embeddings of one batch of prepared images, (n, dimension)."""
-        return self.run({name: np.stack([one[name] for one in prepared]) for name in sorted(self._names)})
+        return self.run(self._batch(prepared))
+
+    def encode_with_nodes(
+        self, prepared: Sequence[dict[str, Array]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embeddings (n, dimension) and nodes (n, nodes, dimension) of one batch of prepared images; see `NodesOutput`.
+
+        Raises:
+            DualmatchError: the encoder was not opened with `attention=True`.
+        """
+        if self.nodes is None:
+            raise DualmatchError(
+                "attention is asked of an encoder that was opened without: ImageEncoder(…, attention=True)."
+            )
+        results = self.session.run(self._batch(prepared))
+        return results[self._output], results[self.nodes.output.name]
+
+    def _batch(self, prepared: Sequence[dict[str, Array]]) -> dict[str, Array]:
+        return {name: np.stack([one[name] for one in prepared]) for name in sorted(self._names)}
 
     def encode_items(
         self, items: Sequence[ImageItem], progress: Callable[[str, int, int], None] | None = None

@@ -57,13 +57,25 @@ class Preprocess:
         size = self.image_size
         if self.resize == "squash":
             return image.resize((size, size), self.resampling)
+        scaled, (left, top) = self._scaled(*image.size)
+        image = image.resize(scaled, self.resampling)
+        return image.crop((left, top, left + size, top + size))
+
+    def view(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of a photograph that the network sees: left, top, right, bottom in the photograph's own pixels."""
+        if self.resize == "squash":
+            return 0.0, 0.0, float(width), float(height)
+        (scaled_width, scaled_height), (left, top) = self._scaled(width, height)
+        x, y = width / scaled_width, height / scaled_height
+        return left * x, top * y, (left + self.image_size) * x, (top + self.image_size) * y
+
+    def _scaled(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """For `crop`: the size that a photograph is scaled to, and the corner of what is cut out of it."""
+        size = self.image_size
         short = size * 256 // 224
-        width, height = image.size
         # The longer side is truncated and the offset rounded, as torchvision's Resize and CenterCrop do.
         scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        image = image.resize(scaled, self.resampling)
-        left, top = round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0)
-        return image.crop((left, top, left + size, top + size))
+        return scaled, (round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0))
 
     def normalise(self, image: Image.Image) -> NDArray[np.float32]:
         """An RGB image of any size as (3, height, width) float32, mean and deviation applied."""

@@ -32,7 +32,7 @@ class CocoRegions:
 
     def __init__(self, prefix: Path, boxes: Path | None = None) -> None:
         _h5py()
-        self.prefix, self.boxes = prefix, boxes
+        self.prefix, self.box_file = prefix, boxes
         if not any(prefix.parent.glob(f"{prefix.name}_feat*.h5")):
             raise DualmatchError(
                 f"no region file begins with {prefix}: `{prefix.name}_feat###.h5` is needed. The path is a prefix, not a folder."
@@ -47,7 +47,7 @@ class CocoRegions:
     def position_dim(self) -> int:
         """6 + classes; 0 without a box file or class probabilities."""
         classes = sorted(self.prefix.parent.glob(f"{self.prefix.name}_cls*.h5"))
-        return NUM_BOX_COLUMNS + _first_shape(classes[0])[1] if self.boxes is not None and classes else 0
+        return NUM_BOX_COLUMNS + _first_shape(classes[0])[1] if self.box_file is not None and classes else 0
 
     def features(self, image_id: str) -> NDArray[np.float32]:
         """Features of one image, (regions, channels) float32.
@@ -59,7 +59,11 @@ class CocoRegions:
 
     def positions(self, image_id: str) -> NDArray[np.float32]:
         """Position features of one image, (regions, 6 + classes) float32: see `position_features`."""
-        return position_features(_read_boxes(self.boxes, image_id), _read_h5(self._file("cls", image_id), image_id))
+        return position_features(_read_boxes(self.box_file, image_id), _read_h5(self._file("cls", image_id), image_id))
+
+    def boxes(self, image_id: str, width: int, height: int) -> NDArray[np.float32] | None:
+        """(regions, 4) in fractions of the photograph's sides; None without a box file."""
+        return _fractions(self.box_file, image_id, width, height)
 
     def missing(self, image_ids: Sequence[str]) -> list[str]:
         """Those without features; each file is opened once."""
@@ -92,7 +96,7 @@ class FlickrRegions:
     """
 
     def __init__(self, folder: Path, boxes: Path | None = None) -> None:
-        self.folder, self.boxes = folder, boxes
+        self.folder, self.box_file = folder, boxes
         if not folder.is_dir():
             raise DualmatchError(f"there is no folder {folder} with region features.")
         if boxes is not None:
@@ -108,7 +112,7 @@ class FlickrRegions:
     @cached_property
     def position_dim(self) -> int:
         """6 + classes; 0 without a box file or class probabilities."""
-        classes = sorted(self.folder.glob(f"*{_CLASSES_SUFFIX}.npy")) if self.boxes is not None else []
+        classes = sorted(self.folder.glob(f"*{_CLASSES_SUFFIX}.npy")) if self.box_file is not None else []
         if not classes:
             return 0
         shape = load_npy(classes[0], f"the region file {classes[0]}").shape
@@ -124,7 +128,11 @@ class FlickrRegions:
 
     def positions(self, image_id: str) -> NDArray[np.float32]:
         """Position features of one image, (regions, 6 + classes) float32: see `position_features`."""
-        return position_features(_read_boxes(self.boxes, image_id), self._read(_CLASSES_SUFFIX, image_id))
+        return position_features(_read_boxes(self.box_file, image_id), self._read(_CLASSES_SUFFIX, image_id))
+
+    def boxes(self, image_id: str, width: int, height: int) -> NDArray[np.float32] | None:
+        """(regions, 4) in fractions of the photograph's sides; None without a box file."""
+        return _fractions(self.box_file, image_id, width, height)
 
     def missing(self, image_ids: Sequence[str]) -> list[str]:
         """Those without a file."""
@@ -189,6 +197,13 @@ def load_npy(path: Path, what: str, *, mapped: bool = False) -> NDArray[Any]:
     if not isinstance(loaded, np.ndarray):
         raise DualmatchError(f"{what} is an archive; a single array is needed.")
     return loaded
+
+
+def _fractions(path: Path | None, image_id: str, width: int, height: int) -> NDArray[np.float32] | None:
+    if path is None:
+        return None
+    sides: NDArray[np.float32] = np.array([width, height] * 2, np.float32)
+    return _read_boxes(path, image_id)[:, :4] / sides
 
 
 def _read_boxes(path: Path | None, image_id: str) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from .datasets.scan import IMAGES_SUFFIX, ScanRegions
 from .errors import DualmatchError
 from .region_readers import CocoRegions, FlickrRegions
 
+NUM_GEOMETRY = 6  # x1, y1, x2, y2, area and width: what `dualmatch data pool-regions` writes as positions
 FORMATS = (
     f"an .npz of `dualmatch data pool-regions`, SCAN's *{IMAGES_SUFFIX} or their folder, VLP's prefix of *_feat###.h5, or VLP's folder of "
     "<image>.npy (each of VLP's with `,BOXES.h5` where the network embeds positions)"
@@ -32,6 +33,8 @@ class _Reader(Protocol):
     def features(self, image_id: str) -> NDArray[np.float32]: ...
 
     def positions(self, image_id: str) -> NDArray[np.float32]: ...
+
+    def boxes(self, image_id: str, width: int, height: int) -> NDArray[np.float32] | None: ...
 
     def missing(self, image_ids: list[str]) -> list[str]: ...
 
@@ -89,6 +92,23 @@ class RegionFile:
     def positions(self, image_id: str) -> NDArray[np.float32]:
         """Position features of one image, (regions, numbers) float32."""
         return self._reader.positions(image_id)
+
+    def boxes(self, image_id: str, width: int, height: int) -> NDArray[np.float32]:
+        """Where the regions of one image lie, (regions, 4) float32: x1, y1, x2, y2 in fractions of the photograph's sides.
+
+        Args:
+            width, height: of the photograph, in pixels; some files have boxes in pixels.
+
+        Raises:
+            DualmatchError: the file does not tell.
+        """
+        found = self._reader.boxes(image_id, width, height)
+        if found is None or found.shape != (self.num_regions, 4):
+            raise DualmatchError(
+                f"the region file {self.path} does not tell where its regions lie; `dualmatch data pool-regions` writes files that do, "
+                "and VLP's have a box file."
+            )
+        return found.clip(0, 1)
 
     def require(self, image_ids: Sequence[str]) -> None:
         """Refuse at once what would fail hours later; features are looked for, not read.
@@ -193,6 +213,11 @@ class _NpzRegions:
         if self._positions is None:
             raise DualmatchError(f"the region file {self.path} has no positions, which this network needs.")
         return self._positions[self._found(image_id)].astype(np.float32)
+
+    def boxes(self, image_id: str, width: int, height: int) -> NDArray[np.float32] | None:  # noqa: ARG002
+        if self.position_dim != NUM_GEOMETRY:
+            return None
+        return self.positions(image_id)[:, :4]
 
     def missing(self, image_ids: list[str]) -> list[str]:
         return [image_id for image_id in image_ids if self._find(image_id) is None]

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 GRAPH_STAGES = ("names", "axes", "shapes", "values")
 RANGE, RECALL = "range", "recall"
-EMBEDDING = "embedding"  # beside a check's inputs: torch's output
+EMBEDDING, NODES = "embedding", "nodes"  # beside a check's inputs: torch's outputs
 HALF_MAX = 65504.0  # the largest float16
 
 
@@ -42,7 +42,8 @@ class Contract:
     """What a graph must take and give; a string in a shape is a dynamic axis.
 
     Attributes:
-        tolerance: largest absolute difference to torch of a component of an embedding.
+        outputs: the embedding and, where the graph gives them, the nodes.
+        tolerance: largest absolute difference to torch of a component of an embedding; of the nodes, as a share of their largest.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -52,10 +53,11 @@ class Contract:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphCheck:
-    """The four stages of one graph; `largest_difference` to torch's embeddings where the values were reached."""
+    """The four stages of one graph; the largest difference to torch's embeddings and nodes where the values were reached."""
 
     stages: tuple[Stage, ...]
     largest_difference: float | None = None
+    nodes_difference: float | None = None
 
     @property
     def failed(self) -> Stage | None:
@@ -87,11 +89,11 @@ def check_session(
     """Take an opened graph through the stages.
 
     Args:
-        checks: real inputs by name, and as `embedding` what torch gives for them.
+        checks: real inputs by name, and as `embedding`, and `nodes`, what torch gives for them.
         graph: what the stages call it.
     """
-    outputs: list[Array | None] = []
-    differences: list[float] = []
+    outputs: list[dict[str, Array] | None] = []
+    differences: dict[str, float] = {}
     stages: dict[str, Callable[[], str]] = {
         "names": lambda: _names(session, contract),
         "axes": lambda: _axes(session, contract),
@@ -105,7 +107,9 @@ def check_session(
         except _Fault as fault:
             found[index] = Stage(name=name, graph=graph, status="FAIL", found=str(fault))
             break
-    return GraphCheck(stages=tuple(found), largest_difference=max(differences, default=None))
+    return GraphCheck(
+        stages=tuple(found), largest_difference=differences.get(EMBEDDING), nodes_difference=differences.get(NODES)
+    )
 
 
 def not_loaded(graph: str, reason: str) -> GraphCheck:
@@ -178,51 +182,69 @@ def _axes(session: Session, contract: Contract) -> str:
 
 
 def _shapes(
-    session: Session, contract: Contract, checks: Sequence[Mapping[str, Array]], outputs: list[Array | None]
+    session: Session,
+    contract: Contract,
+    checks: Sequence[Mapping[str, Array]],
+    outputs: list[dict[str, Array] | None],
 ) -> str:
     """Fixed axes have their size, in the declaration and in what comes out of every check."""
     for wanted, found in _pairs(session, contract):
         if any(isinstance(must, int) and must != does for must, does in zip(wanted.shape, found.shape, strict=True)):
             raise _Fault(f"has {wanted.name!r} of shape {_shape(found)}; it must be {_shape(wanted)}")
-    (output,) = contract.outputs
     for check in checks:
         feeds = _feeds(check)
         try:
-            value = session.run(feeds)[output.name]
+            results = session.run(feeds)
         except NotFiniteError:
             outputs.append(None)  # for the values to say
             continue
         except Exception as error:  # noqa: BLE001  (each backend raises its own: a shape frozen inside the graph, say)
             raise _Fault(f"does not run on inputs {_sizes(feeds)}: {_first_line(error)}") from None
-        if value.shape != check[EMBEDDING].shape:
-            raise _Fault(
-                f"gives {list(value.shape)} for inputs {_sizes(feeds)}; it must be {list(check[EMBEDDING].shape)}"
-            )
-        outputs.append(value)
-    return f"{output.name} {_shape(output)}, on {_extent(checks)}"
+        values = {key: results[output.name] for key, output in _keyed(contract)}
+        for key, value in values.items():
+            if value.shape != check[key].shape:
+                raise _Fault(
+                    f"gives {list(value.shape)} for inputs {_sizes(feeds)}; it must be {list(check[key].shape)}"
+                )
+        outputs.append(values)
+    return f"{', '.join(f'{output.name} {_shape(output)}' for output in contract.outputs)}, on {_extent(checks)}"
 
 
 def _values(
-    contract: Contract, checks: Sequence[Mapping[str, Array]], outputs: Sequence[Array | None], differences: list[float]
+    contract: Contract,
+    checks: Sequence[Mapping[str, Array]],
+    outputs: Sequence[Mapping[str, Array] | None],
+    differences: dict[str, float],
 ) -> str:
-    worst, where = 0.0, ""
-    for check, value in zip(checks, outputs, strict=True):
-        if value is None:
-            raise _Fault(f"gives NaN or infinity for inputs {_sizes(_feeds(check))}")
-        difference = float(np.abs(value - check[EMBEDDING]).max(initial=0.0))
-        differences.append(difference)
-        if difference >= worst:
-            worst, where = difference, _sizes(_feeds(check))
-    smallest = f"{worst * 1.01:.2e}"
-    if not worst <= contract.tolerance:
-        raise _Fault(
-            f"differs from torch by {worst:.2e} in a component (inputs {where}), more than {contract.tolerance:g} is allowed; "
-            f"a tolerance of {smallest} would have passed"
+    found = []
+    for key, output in _keyed(contract):
+        worst, where = 0.0, ""
+        for check, values in zip(checks, outputs, strict=True):
+            if values is None:
+                raise _Fault(f"gives NaN or infinity for inputs {_sizes(_feeds(check))}")
+            difference = float(np.abs(values[key] - check[key]).max(initial=0.0))
+            # Embeddings have unit norm; nodes are as large as the network likes.
+            difference /= 1.0 if key == EMBEDDING else float(np.abs(check[key]).max(initial=1e-30))
+            if difference >= worst:
+                worst, where = difference, _sizes(_feeds(check))
+        differences[key] = worst
+        smallest = f"{worst * 1.01:.2e}"
+        what, unit = ("", "") if key == EMBEDDING else (f"in {output.name} ", " of the largest")
+        if not worst <= contract.tolerance:
+            raise _Fault(
+                f"{what}differs from torch by {worst:.2e}{unit} in a component (inputs {where}), more than "
+                f"{contract.tolerance:g} is allowed; a tolerance of {smallest} would have passed"
+            )
+        found.append(
+            f"{what}differ from torch by at most {worst:.2e}{unit} in a component (tolerance {contract.tolerance:g}); "
+            f"the smallest tolerance that would have passed is {smallest}"
         )
-    return (
-        f"differ from torch by at most {worst:.2e} in a component (tolerance {contract.tolerance:g}); "
-        f"the smallest tolerance that would have passed is {smallest}"
-    )
+    return "; ".join(found)
+
+
+def _keyed(contract: Contract) -> list[tuple[str, TensorSpec]]:
+    """The outputs by what torch's values are called beside a check's inputs."""
+    return list(zip((EMBEDDING, NODES), contract.outputs, strict=False))
 
 
 def _pairs(session: Session, contract: Contract) -> list[tuple[TensorSpec, TensorSpec]]:
@@ -231,7 +253,7 @@ def _pairs(session: Session, contract: Contract) -> list[tuple[TensorSpec, Tenso
 
 
 def _feeds(check: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: value for name, value in check.items() if name != EMBEDDING}
+    return {name: value for name, value in check.items() if name not in (EMBEDDING, NODES)}
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -3,6 +3,7 @@
 `open_encoder` (of a bundle) and `open_session` (of a graph) are the only doors: they know the names that `--backend` takes.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,21 @@ BACKENDS = (
 )
 
 
-def open_encoder(bundle: "Bundle", encoder: "EncoderName", *, backend: str, threads: int = 0) -> Session:
+def open_encoder(
+    bundle: "Bundle", encoder: "EncoderName", *, backend: str, threads: int = 0, nodes: bool = False
+) -> Session:
     """Load one encoder of a bundle with the named backend: its graph, or its engine where the backend runs engines.
+
+    Args:
+        nodes: fetch the graph's nodes too, where it gives them; engines never do.
 
     Raises:
         DualmatchError: as `open_session`, and an engine that is missing or not for this machine.
     """
     if backend not in ENGINE_BACKENDS:
-        return open_session(bundle.graph(encoder), backend=backend, threads=threads)
+        extra = bundle.manifest.encoders[encoder].nodes
+        left_out = () if nodes or extra is None else (extra.output.name,)
+        return open_session(bundle.graph(encoder), backend=backend, threads=threads, leave_out=left_out)
     if threads:
         raise DualmatchError(f"backend {backend!r} computes on the GPU and takes no number of threads.")
     from .tensorrt import TensorrtSession
@@ -43,8 +51,13 @@ def open_encoder(bundle: "Bundle", encoder: "EncoderName", *, backend: str, thre
     return TensorrtSession(bundle, encoder, flavour=backend)
 
 
-def open_session(graph: Path | bytes, *, backend: str = "onnxruntime", threads: int = 0) -> Session:
+def open_session(
+    graph: Path | bytes, *, backend: str = "onnxruntime", threads: int = 0, leave_out: Collection[str] = ()
+) -> Session:
     """Load a graph, given by its file or its bytes, with the named backend.
+
+    Args:
+        leave_out: outputs that are not fetched.
 
     Raises:
         DualmatchError: an unknown backend, a package that is not installed, or a graph that does not load.
@@ -52,11 +65,11 @@ def open_session(graph: Path | bytes, *, backend: str = "onnxruntime", threads: 
     if backend.startswith("onnxruntime") and backend in BACKENDS:
         from .onnxruntime import OnnxruntimeSession
 
-        return OnnxruntimeSession(graph, backend=backend, threads=threads)
+        return OnnxruntimeSession(graph, backend=backend, threads=threads, leave_out=leave_out)
     if backend == "openvino":
         from .openvino import OpenvinoSession
 
-        return OpenvinoSession(graph, threads=threads)
+        return OpenvinoSession(graph, threads=threads, leave_out=leave_out)
     if backend in ENGINE_BACKENDS:
         raise DualmatchError(f"backend {backend!r} runs engines that were compiled into a bundle, not an ONNX graph.")
     raise DualmatchError(f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,21 @@ class OnnxruntimeSession(Session):
         graph: the `.onnx` file, or its bytes.
         backend: a key of `PROVIDERS`.
         threads: intra-operator threads; 0 leaves the choice to onnxruntime.
+        leave_out: outputs that are not fetched.
 
     Raises:
         DualmatchError: onnxruntime is not installed, the provider is not available or fell back to another one for any of
             `ARITHMETIC`, or the graph does not load.
     """
 
-    def __init__(self, graph: Path | bytes, *, backend: str = "onnxruntime", threads: int = 0) -> None:
+    def __init__(
+        self,
+        graph: Path | bytes,
+        *,
+        backend: str = "onnxruntime",
+        threads: int = 0,
+        leave_out: Collection[str] = (),
+    ) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -100,6 +108,7 @@ class OnnxruntimeSession(Session):
         self.outputs = tuple(
             TensorSpec(name=o.name, dtype=_DTYPE_FROM_ONNX[o.type], shape=tuple(o.shape))
             for o in self._session.get_outputs()
+            if o.name not in leave_out
         )
         self._device = "cuda" if on_gpu else None
         self._own = threading.local()
@@ -124,7 +133,7 @@ class OnnxruntimeSession(Session):
         """This thread's binding: a binding serves one thread at a time."""
         bound: BoundRun | None = getattr(self._own, "bound", None)
         if bound is None:
-            bound = BoundRun(self._session, device)
+            bound = BoundRun(self._session, device, [spec.name for spec in self.outputs])
             self._own.bound = bound
         return bound
 
@@ -139,15 +148,17 @@ class BoundRun:
     Args:
         session: an `onnxruntime.InferenceSession`.
         device: onnxruntime's name of the device: `cuda` or `cpu`.
+        outputs: names of those to fetch; None fetches all.
     """
 
-    def __init__(self, session: Any, device: str) -> None:
+    def __init__(self, session: Any, device: str, outputs: Sequence[str] | None = None) -> None:
         self._session, self._device = session, device
+        self._outputs = [output.name for output in session.get_outputs()] if outputs is None else outputs
         self._binding: Any = None
         self._values: dict[str, Any] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """The outputs in the graph's order, on the host."""
+        """The outputs in order, on the host."""
         if {name: tuple(value.shape()) for name, value in self._values.items()} != {
             name: feed.shape for name, feed in feeds.items()
         }:
@@ -167,8 +178,8 @@ class BoundRun:
         }
         for name, value in self._values.items():
             self._binding.bind_ortvalue_input(name, value)
-        for output in self._session.get_outputs():
-            self._binding.bind_output(output.name, self._device)
+        for output in self._outputs:
+            self._binding.bind_output(output, self._device)
 
 
 def placement(session: Any, wanted: str) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ class OpenvinoSession(Session):
     Args:
         graph: the `.onnx` file, or its bytes.
         threads: threads of one inference; 0 leaves the choice to OpenVINO.
+        leave_out: outputs that are not computed.
 
     Raises:
         DualmatchError: OpenVINO is not installed, the graph does not load, or it is not run in float32 on the CPU.
@@ -34,7 +35,7 @@ class OpenvinoSession(Session):
 
     backend = "openvino"
 
-    def __init__(self, graph: Path | bytes, *, threads: int = 0) -> None:
+    def __init__(self, graph: Path | bytes, *, threads: int = 0, leave_out: Collection[str] = ()) -> None:
         openvino = _openvino()
         hints = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -46,6 +47,8 @@ class OpenvinoSession(Session):
         try:
             core = openvino.Core()
             model = core.read_model(graph if isinstance(graph, bytes) else str(graph))
+            for result in [one for one in model.get_results() if one.output(0).names & set(leave_out)]:
+                model.remove_result(result)
             named = axis_names(graph if isinstance(graph, bytes) else graph.read_bytes())
             self._compiled = core.compile_model(model, DEVICE, hints)
             devices = ", ".join(self._compiled.get_property("EXECUTION_DEVICES"))

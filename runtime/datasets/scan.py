@@ -155,6 +155,9 @@ class ScanRegions:
             f"the region file {self.path} has no positions, which this network needs for image {image_id!r}."
         )
 
+    def boxes(self, image_id: str, width: int, height: int) -> None:
+        """There are none in this format either."""
+
     def missing(self, image_ids: list[str]) -> list[str]:
         """Those that have no row."""
         return [image_id for image_id in image_ids if self._find(image_id) is None]
