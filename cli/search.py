@@ -25,6 +25,11 @@ from .common import backend_options, existing, json_option, print_json, printabl
 )
 @click.option("--bundle", type=existing, help="The bundle that encoded the gallery, if it has moved.")
 @click.option("--sheet", type=existing, metavar="FILE", help="Draw the answers into an .html page or a .png picture.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="On the sheet, beside each photograph: where the network looks, for itself and for the query.",
+)
 @backend_options
 @regions_option
 @json_option
@@ -44,6 +49,7 @@ def command(
     *,
     combine: bool,
     ann: bool,
+    explain: bool,
     as_json: bool,
 ) -> None:
     """Search GALLERY by texts or photographs.
@@ -57,6 +63,8 @@ def command(
         raise click.UsageError("--combine averages at least two of --text and --image.")
     if metadata is not None and not filters:
         raise click.UsageError("--metadata is for --filter: give a condition.")
+    if explain and sheet is None:
+        raise click.UsageError("--explain draws on the sheet: say where, --sheet FILE.html or FILE.png.")
     from dualmatch.runtime.galleries.ann import AnnIndex, describe
     from dualmatch.runtime.galleries.filters import select
     from dualmatch.runtime.galleries.gallery import Gallery
@@ -88,13 +96,20 @@ def command(
     searched = len(opened) if among is None else int(among.sum())
     how = f"exactly ({opened.engine_for(len(asked), searched)})" if index is None else f"by {describe(index.record)}"
     if sheet is not None:
+        from dualmatch.runtime.explain import NOTE, explained
         from dualmatch.runtime.sheet import Search, search_sheet
 
+        found = answers
+        if explain:
+            found = explained(
+                found_bundle, asked, answers, backend=backend, threads=threads, regions=region_file(regions)
+            )
         shown = [
             Search(query=query.images[0] if len(query.images) == 1 and not query.texts else str(query), hits=hits)
-            for query, hits in zip(asked, answers, strict=True)
+            for query, hits in zip(asked, found, strict=True)
         ]
-        search_sheet(shown, sheet, note=f"{len(opened)} items in {gallery}")
+        note = f"{len(opened)} items in {gallery}"
+        search_sheet(shown, sheet, note=f"{note}. {NOTE}" if explain else note)
     if as_json:
         single = len(asked) == 1 and len(texts) + len(images) == 1
         values = [

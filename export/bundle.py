@@ -23,7 +23,7 @@ from dualmatch.runtime.nodes import NodesOutput
 from dualmatch.runtime.parity import Tolerances
 from dualmatch.runtime.reference import Reference
 from dualmatch.runtime.regions import RegionFile
-from dualmatch.runtime.stages import GraphCheck
+from dualmatch.runtime.stages import EMBEDDING, NODES, GraphCheck
 from dualmatch.runtime.verify import Verification, verify
 from dualmatch.training.about import changes
 from dualmatch.training.checkpoint import Run, versions
@@ -99,7 +99,8 @@ def export_run(
     captions = encode_captions(
         trained.model, trained.tokenizer, dataset.captions, batch_size=trained.caption_batch, progress=progress
     )
-    samples = _samples(run, dataset, regions)
+    encoder = WithNodes(model.image_encoder).eval() if attention else model.image_encoder
+    samples = _samples(run, encoder, dataset, regions)
     int8 = None
     if precision == "int8":
         int8 = Int8Export(
@@ -110,7 +111,6 @@ def export_run(
     with directory_built_aside(out) as folder:
         progress("exporting the image encoder", 0, 0)
         probes = _image_probes(run, dataset, regions) if precision == "fp16" else []
-        encoder = WithNodes(model.image_encoder).eval() if attention else model.image_encoder
         image_entry = _graph(
             encoder,
             "image",
@@ -322,13 +322,21 @@ def _text_checks(run: Run, dataset: Dataset) -> list[dict[str, NDArray[Any]]]:
     return checks
 
 
-def _samples(run: Run, dataset: Dataset, regions: RegionFile | None) -> dict[str, dict[str, NDArray[Any]]]:
+def _samples(
+    run: Run, encoder: nn.Module, dataset: Dataset, regions: RegionFile | None
+) -> dict[str, dict[str, NDArray[Any]]]:
     """A few raw inputs with torch's outputs, for a first comparison on any machine."""
     image_sample = image_inputs(run.model, run.preprocess, dataset.items[:NUM_SAMPLES], regions)
     text_sample = {"token_ids": run.tokenizer(dataset.captions[:NUM_SAMPLES])}
     with torch.inference_mode():
-        image_out = run.model.image_encoder(
-            **{name: torch.from_numpy(value) for name, value in image_sample.items()}
-        ).numpy()
+        image_out = encoder(**{name: torch.from_numpy(value) for name, value in image_sample.items()})
         text_out = run.model.text_encoder(torch.from_numpy(text_sample["token_ids"])).numpy()
-    return {"image": {**image_sample, "embedding": image_out}, "text": {**text_sample, "embedding": text_out}}
+    outputs = (
+        dict(zip((EMBEDDING, NODES), image_out, strict=True))
+        if isinstance(encoder, WithNodes)
+        else {EMBEDDING: image_out}
+    )
+    return {
+        "image": image_sample | {name: value.numpy() for name, value in outputs.items()},
+        "text": {**text_sample, EMBEDDING: text_out},
+    }

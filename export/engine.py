@@ -95,9 +95,9 @@ def build_engine(
         builder = _builder(trt, log, flavour)
         network = _parsed(trt, log, builder, onnx_path, flavour)
         _check_inputs(trt, network, inputs, onnx_path)
-        for output in [network.get_output(index) for index in range(network.num_outputs)]:
-            if output.name in leave_out:
-                network.unmark_output(output)
+        for tensor in [network.get_output(index) for index in range(network.num_outputs)]:
+            if tensor.name in leave_out:
+                network.unmark_output(tensor)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and then float32 products keep 10 bits

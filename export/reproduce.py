@@ -68,9 +68,9 @@ if __name__ == "__main__":
     main()
 '''
 
-_LEAVE_OUT = """    for output in [network.get_output(index) for index in range(network.num_outputs)]:
-        if output.name in {names!r}:
-            network.unmark_output(output)
+_LEAVE_OUT = """    for tensor in [network.get_output(index) for index in range(network.num_outputs)]:
+        if tensor.name in {names!r}:
+            network.unmark_output(tensor)
 """
 _RTX_OPTIONS = """    if COMPUTE_CAPABILITIES:
         config.num_compute_capabilities = len(COMPUTE_CAPABILITIES)

@@ -44,6 +44,9 @@ h2.query img { height: 6rem; width: auto; max-width: 45%; object-fit: contain; b
 .hits > li.right { border-color: var(--good); box-shadow: 0 0 0 1px var(--good); }
 .hits img, .hits .missing { display: block; width: 100%; height: auto; aspect-ratio: 4 / 3; object-fit: contain; background: var(--ground); }
 .missing { padding: 1rem; color: var(--soft); font-size: .85rem; overflow: auto; }
+.hits.explained { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.pictures { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem .2rem; margin-top: .2rem; }
+.pictures figcaption { padding: 0 .4rem; }
 .hits p { margin: 0; padding: .5rem .7rem 0; }
 .facts { display: flex; gap: .6rem; padding: .45rem .7rem .55rem; font-size: .8rem; color: var(--soft); }
 .facts b { color: var(--ink); font-variant-numeric: tabular-nums; }

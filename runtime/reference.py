@@ -29,7 +29,8 @@ class Reference:
         image_ids, image_hashes: what the images were called, and the SHA-256 of each file.
         texts: the captions.
         caption_image: for each caption the index of its image.
-        samples: raw graph inputs by encoder and input name, and `embedding`, torch's output for them.
+        samples: raw graph inputs by encoder and input name, and `embedding`, torch's output for them, and `nodes` where the graph has
+            them.
         text_checks: token ids at several batch sizes and lengths, none of them the traced one, with torch's outputs likewise; a bundle
             from before they were kept has none.
         data: the data set's name as `--data` took it, if it is one that every machine can generate (`scenes`), else None.

@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 from textwrap import wrap
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .errors import DualmatchError
 from .files import write_atomically
@@ -16,6 +16,7 @@ from .page import Markup, image_tag, page, shown, thumbnail
 
 HTML_THUMBNAIL = 320  # pixels, the longer side; sharp on dense screens at the size shown
 PNG_TILE, PNG_QUERY, PNG_GAP, PNG_COLUMNS = 200, 140, 16, 5  # pixels, pixels, pixels, hits side by side
+PNG_LOOK = 98  # pixels: two of a hit's further pictures are as wide as its tile
 GROUND, INK, SOFT, RIGHT = "#fafaf8", "#1c1c1a", "#6a6a64", "#1a7f4b"
 
 
@@ -32,6 +33,7 @@ class Hit:
         right: whether it is marked as a right answer.
         rank: its place, where it is not the one that it is shown at.
         alt: what the photograph shows, for those who do not see it; the caption by default.
+        pictures: more pictures of it, each with a few words on what it shows.
     """
 
     score: float
@@ -42,6 +44,7 @@ class Hit:
     right: bool = False
     rank: int | None = None
     alt: str = ""
+    pictures: Sequence[tuple[str, Image.Image]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,9 @@ def _html_query(query: str | Path) -> str:
 
 def hit_list(hits: Sequence[Hit], *, side: int = HTML_THUMBNAIL) -> Markup:
     """Hits as a list for a page, best first, the right ones marked; thumbnails of `side` pixels."""
+    kind = "hits explained" if any(hit.pictures for hit in hits) else "hits"
     return Markup(
-        '<ol class="hits">\n' + "\n".join(_html_hit(*pair, side) for pair in enumerate(hits, start=1)) + "\n</ol>"
+        f'<ol class="{kind}">\n' + "\n".join(_html_hit(*pair, side) for pair in enumerate(hits, start=1)) + "\n</ol>"
     )
 
 
@@ -111,9 +115,19 @@ def _html_hit(rank: int, hit: Hit, side: int) -> str:
     caption = "" if hit.caption is None else f"<p>{shown(hit.caption)}</p>"
     mark = '<span class="mark">✓ right</span>' if hit.right else ""
     return (
-        f'<li{" class=right" if hit.right else ""}>{image}{caption}<div class="facts"><span>{hit.rank or rank}</span>'
+        f'<li{" class=right" if hit.right else ""}>{image}{_html_pictures(hit)}{caption}<div class="facts"><span>{hit.rank or rank}</span>'
         f'<span class="id" title="{shown(hit.id)}">{shown(hit.id)}</span>{mark}<b>{hit.score:.3f}</b></div></li>'
     )
+
+
+def _html_pictures(hit: Hit) -> str:
+    if not hit.pictures:
+        return ""
+    figures = (
+        f"<figure>{image_tag(picture, f'{hit.id}: {label}')}<figcaption>{shown(label)}</figcaption></figure>"
+        for label, picture in hit.pictures
+    )
+    return f'<div class="pictures">{"".join(figures)}</div>'
 
 
 def _png(searches: Sequence[Search], title: str, note: str) -> bytes:
@@ -138,7 +152,8 @@ def _png_strip(search: Search, columns: int, width: int) -> Image.Image:
     """One query and the grid of its hits."""
     text = f"“{search.query}”" if isinstance(search.query, str) else search.query.name
     head = 34 if isinstance(search.query, str) else 34 + PNG_QUERY + PNG_GAP
-    cell = PNG_TILE + 40 + PNG_GAP
+    looks = -(-max((len(hit.pictures) for hit in search.hits), default=0) // 2)  # rows of two
+    cell = PNG_TILE + looks * (PNG_LOOK + 20) + 40 + PNG_GAP
     strip = Image.new("RGB", (width, head + -(-len(search.hits) // columns) * cell + PNG_GAP), GROUND)
     draw = ImageDraw.Draw(strip)
     _draw_line(draw, (PNG_GAP, 2), text, 18, width=width - 2 * PNG_GAP)
@@ -149,12 +164,18 @@ def _png_strip(search: Search, columns: int, width: int) -> Image.Image:
         _draw_picture(
             strip, (x, y), PNG_TILE, (hit.caption or "") if hit.image is None else thumbnail(hit.image, PNG_TILE)
         )
+        for number, (label, picture) in enumerate(hit.pictures):
+            corner = x + number % 2 * (PNG_LOOK + 4), y + PNG_TILE + 4 + number // 2 * (PNG_LOOK + 20)
+            _draw_picture(strip, corner, PNG_LOOK, ImageOps.contain(picture, (PNG_LOOK, PNG_LOOK)))
+            _draw_line(draw, (corner[0], corner[1] + PNG_LOOK), label, 11, width=PNG_LOOK, colour=SOFT)
+        y += looks * (PNG_LOOK + 20)
         score = f"{index + 1}.  {hit.score:.3f}" + ("  right" if hit.right else "")
         _draw_line(draw, (x, y + PNG_TILE + 4), score, 14, width=PNG_TILE, colour=RIGHT if hit.right else INK)
         below = hit.id if hit.caption is None or hit.image is None else hit.caption
         _draw_line(draw, (x, y + PNG_TILE + 21), below, 13, width=PNG_TILE, colour=SOFT)
         if hit.right:
-            draw.rectangle((x - 3, y - 3, x + PNG_TILE + 2, y + PNG_TILE + 2), outline=RIGHT, width=3)
+            top = y - looks * (PNG_LOOK + 20)
+            draw.rectangle((x - 3, top - 3, x + PNG_TILE + 2, top + PNG_TILE + 2), outline=RIGHT, width=3)
     return strip
 
 

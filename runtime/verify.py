@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .backends import ENGINE_BACKENDS
 from .bundle import MANIFEST, Bundle, EncoderName
 from .configs import from_mapping
 from .datasets import Dataset, ImageItem
@@ -118,7 +119,14 @@ def verify(
     magnitudes = _magnitudes_of(bundle)
     with (
         TextEncoder(bundle, backend=backend, threads=threads, batch_size=bundle.manifest.caption_batch) as texts,
-        ImageEncoder(bundle, backend=backend, threads=threads, batch_size=batch_size, regions=regions) as images,
+        ImageEncoder(
+            bundle,
+            backend=backend,
+            threads=threads,
+            batch_size=batch_size,
+            regions=regions,
+            attention=bundle.manifest.encoders["image"].nodes is not None and backend not in ENGINE_BACKENDS,
+        ) as images,
     ):
         encoders: dict[EncoderName, ImageEncoder | TextEncoder] = {"image": images, "text": texts}
         checks = {name: _check(encoder, name, reference) for name, encoder in encoders.items()}
@@ -171,8 +179,10 @@ def _check(encoder: ImageEncoder | TextEncoder, name: EncoderName, reference: Re
     entry = manifest.encoders[name]
     (output,) = entry.outputs
     # The embedding dimension is said twice in a manifest; galleries go by the one outside the entry.
-    outputs = (type(output)(name=output.name, dtype=output.dtype, shape=("batch", manifest.embedding_dimension)),)
-    contract = Contract(inputs=entry.inputs, outputs=outputs, tolerance=entry.tolerance)
+    outputs = [type(output)(name=output.name, dtype=output.dtype, shape=("batch", manifest.embedding_dimension))]
+    if isinstance(encoder, ImageEncoder) and encoder.nodes is not None:
+        outputs.append(encoder.nodes.output)
+    contract = Contract(inputs=entry.inputs, outputs=tuple(outputs), tolerance=entry.tolerance)
     return check_session(encoder.session, contract, reference.checks(name), f"{name} {entry.precision}")
 
 

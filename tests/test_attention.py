@@ -1,6 +1,7 @@
 """What the network looks at: nodes against torch, the papers' arithmetic against a naive one, and pictures in the photograph's pixels."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualmatch.runtime import ImageEncoder, load_bundle
+from dualmatch.runtime import Gallery, ImageEncoder, TextEncoder, load_bundle
 from dualmatch.runtime.attention import (
     LAMBDA,
     AttentionMaps,
@@ -22,9 +23,13 @@ from dualmatch.runtime.attention import (
     rank_scores,
 )
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.preprocess import Preprocess
+from dualmatch.runtime.explain import explained
+from dualmatch.runtime.preprocess import Preprocess, open_rgb
+from dualmatch.runtime.regions import RegionFile
+from dualmatch.runtime.search import Query, search_all
+from dualmatch.runtime.sheet import Hit
 
-from .demo_fixture import edit_manifest
+from .demo_fixture import dualmatch, edit_manifest, one_sentence
 
 
 @pytest.fixture(scope="session")
@@ -292,3 +297,215 @@ def test_no_torch_is_needed(attentive, photos):
         [sys.executable, "-c", code, attentive, photos[0]], capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["global", "regional"], done.stderr
+
+
+# --- engines leave the nodes out ---
+
+
+def test_an_engine_gives_the_embedding_alone_and_so_does_the_one_that_its_script_builds(attentive, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="not run: tensorrt-rtx is not installed")
+    from dualmatch.export.compile import compile_bundle
+    from dualmatch.export.engine import build_engine
+    from dualmatch.export.engine_profiles import profile_from_text
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(attentive, bundle)
+    compile_bundle(bundle, flavour="tensorrt-rtx", profiles=["latency"])
+    engines = bundle / "engines"
+    script = engines / "image_encoder.tensorrt-rtx.reproduce.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "again"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entry = load_bundle(bundle).manifest.encoders["image"]
+    build_engine(
+        bundle / entry.file,
+        tmp_path / "both",
+        flavour="tensorrt-rtx",
+        inputs=entry.inputs,
+        profiles=[profile_from_text("latency", entry.inputs, length=None)],
+    )
+    # No engine can be opened without a GPU; but a plan names its tensors.
+    for path, named in (
+        (engines / "image_encoder.tensorrt-rtx.engine", False),
+        (tmp_path / "again", False),
+        (tmp_path / "both", True),
+    ):
+        plan = path.read_bytes()
+        assert b"image_embedding" in plan
+        assert (b"image_nodes" in plan) == named, path
+    assert "image_nodes" not in (engines / "text_encoder.tensorrt-rtx.reproduce.py").read_text()
+
+
+# --- regions from a file ---
+
+
+@pytest.fixture(scope="session")
+def vsrn(tmp_path_factory):
+    """A VSRN on regions from a file, exported with its nodes: (bundle, region file, data folder)."""
+    pytest.importorskip("onnxscript")
+    from dualmatch.export.bundle import export_run
+    from dualmatch.runtime.datasets import make_scenes, open_dataset
+    from dualmatch.training.checkpoint import load_run
+    from dualmatch.training.loop import train
+    from dualmatch.training.recipe import load_recipe
+
+    from .demo_fixture import write_captions_folder
+    from .tiny_runs import write_regions
+
+    root = tmp_path_factory.mktemp("vsrn")
+    data = write_captions_folder(root / "data", make_scenes(num_train=16, num_val=4, num_test=4).items)
+    dataset = open_dataset(data)
+    chance = np.random.default_rng(5)
+    corners = np.sort(chance.uniform(size=(len(dataset.items), 6, 2, 2)), axis=2).reshape(-1, 6, 4)
+    positions = np.concatenate([corners, np.zeros((len(corners), 6, 2))], axis=2).astype(np.float32)
+    file = write_regions(root / "regions.npz", dataset, regions=6, positions=positions)
+    options = [
+        "train.epochs=1", "train.batch_size=8", "model.feature_dim=10", "model.embed_dim=16", f"data.regions={file}",
+        "model.captioning.hidden_dim=8", "model.captioning.word_dim=8",
+    ]  # fmt: skip
+    train(load_recipe("flickr8k-vsrn", options), dataset, root / "run", data_name=str(data), cache=root / "cache")
+    export_run(load_run(root / "run"), dataset, root / "bundle", regions=RegionFile(file), attention=True)
+    return root / "bundle", file, data
+
+
+def test_vsrn_s_regions_are_ranked_by_their_product_with_the_image(vsrn):
+    torch = pytest.importorskip("torch")
+    from dualmatch.training.checkpoint import load_run
+
+    bundle, file, data = vsrn
+    regions = RegionFile(file)
+    photo = min((data / "images").iterdir())
+    with ImageEncoder(bundle, attention=True, regions=regions) as encoder:
+        (found,) = attention_maps(encoder, [photo])
+    model = load_run(bundle.parent / "run").model.eval().image_encoder
+    with torch.inference_mode():
+        v_star = model.relate(torch.from_numpy(regions.features(photo.name))[None])
+        products = (v_star @ model.summarise(v_star)[0])[0].numpy()
+    assert found.kinds == ("regional",)
+    np.testing.assert_allclose(found.products("regional"), products, rtol=0, atol=1e-5)
+    # The map once more, as section 4.5 says it: region by region, pixel by pixel.
+    width, height = Image.open(photo).size
+    wanted = np.zeros((height, width))
+    for rank, region in enumerate(np.argsort(-products), start=1):
+        x1, y1, x2, y2 = regions.positions(photo.name)[region, :4] * np.array([width, height] * 2)
+        for y in range(height):
+            for x in range(width):
+                wanted[y, x] += 50 * (6 - rank) ** 2 * (x1 <= x + 0.5 < x2 and y1 <= y + 0.5 < y2)
+    wanted = (wanted - wanted.min()) / (wanted.max() - wanted.min())
+    np.testing.assert_allclose(found.maps["regional"], wanted, atol=1e-6)
+
+
+def test_a_region_file_without_boxes_is_named(vsrn, tmp_path):
+    bundle, file, data = vsrn
+    with np.load(file) as arrays:
+        np.savez(tmp_path / "bare.npz", filenames=arrays["filenames"], features=arrays["features"])
+    photo = min((data / "images").iterdir())
+    with (
+        ImageEncoder(bundle, attention=True, regions=RegionFile(tmp_path / "bare.npz")) as encoder,
+        pytest.raises(DualmatchError, match=r"bare.npz does not tell where its regions lie"),
+    ):
+        attention_maps(encoder, [photo])
+
+
+# --- `search --explain` ---
+
+
+@pytest.fixture(scope="session")
+def galleries(attentive, small_run, tmp_path_factory):
+    from dualmatch.runtime.encode import encode_caption_gallery, encode_gallery
+
+    folder, bundle = tmp_path_factory.mktemp("galleries"), load_bundle(attentive)
+    encode_gallery(bundle, small_run.data / "images", folder / "images")
+    encode_caption_gallery(bundle, small_run.data / "captions.json", folder / "captions")
+    return folder
+
+
+def labels(page):
+    return re.findall(r"<figcaption>(.*?)</figcaption>", page.read_text())
+
+
+def test_search_draws_where_the_network_looks(galleries, photos, tmp_path):
+    page = tmp_path / "hits.html"
+    images = galleries / "images"
+    done = dualmatch("runtime", "search", images, "--text", "a red car", "-k", 3, "--sheet", page, "--explain")
+    assert done.code == 0, done.err
+    four = ["looks at: regions", "looks at: grid", "fits the query: regions", "fits the query: grid"]
+    assert labels(page) == 3 * four
+    text = page.read_text()
+    assert text.count("<img") == 3 * 5
+    assert "with the photograph&#x27;s own embedding" in text
+    plain = dualmatch("runtime", "search", images, "--text", "a red car", "-k", 3, "--json").json
+    assert dualmatch(
+        "runtime", "search", images, "--text", "a red car", "-k", 3, "--json", "--sheet", tmp_path / "hits.png", "--explain"
+    ).json == plain  # fmt: skip
+    assert Image.open(tmp_path / "hits.png").height > 3 * 98
+
+
+def test_what_is_drawn_for_the_query_is_the_query_s(attentive, galleries, photos):
+    """The pictures, made once more from their parts."""
+    bundle = load_bundle(attentive)
+    query = Query(texts=("a person at night",))
+    hits = search_all(Gallery.open(galleries / "images"), bundle, [query], k=2)
+    ((first, _),) = explained(bundle, [query], hits)
+    with ImageEncoder(bundle, attention=True) as encoder, TextEncoder(bundle) as texts:
+        (found,) = attention_maps(encoder, [first.image])
+        (vector,) = texts.encode(query.texts)
+    photograph = open_rgb(first.image)
+    pictures = dict(first.pictures)
+    for label, kind, towards in (("looks at: grid", "global", None), ("fits the query: regions", "regional", vector)):
+        wanted = overlay(photograph, found.heat(kind, vector=towards))
+        assert pictures[label].size == wanted.size
+        np.testing.assert_array_equal(np.asarray(pictures[label]), np.asarray(wanted))
+
+
+def test_captions_found_for_a_photograph_are_shown_on_it(galleries, photos, tmp_path):
+    page = tmp_path / "captions.html"
+    done = dualmatch(
+        "runtime", "search", galleries / "captions", "--image", photos[0], "-k", 2, "--sheet", page, "--explain"
+    )
+    assert done.code == 0, done.err
+    assert labels(page) == 2 * ["fits the caption: regions", "fits the caption: grid"]
+
+
+def test_photographs_that_are_gone_are_named_and_the_others_drawn(attentive, galleries, photos):
+    hits = [
+        Hit(score=0.9, id="gone.png", image=photos[0].with_name("gone.png")),
+        Hit(score=0.8, id=photos[0].name, image=photos[0]),
+    ]
+    ((gone, there),) = explained(load_bundle(attentive), [Query(texts=("a car",))], [hits])
+    assert (len(gone.pictures), len(there.pictures)) == (0, 4)
+
+
+def test_explaining_refuses_in_a_sentence(galleries, small_bundle, small_run, tmp_path):
+    from dualmatch.runtime.encode import encode_gallery
+
+    nothing = dualmatch(
+        "runtime", "search", galleries / "captions", "--text", "x", "--sheet", tmp_path / "s.html", "--explain"
+    )
+    assert nothing.code == 1
+    assert one_sentence(nothing.err)
+    assert "no photograph to draw attention on" in nothing.err
+    no_sheet = dualmatch("runtime", "search", galleries / "images", "--text", "x", "--explain")
+    assert no_sheet.code == 2
+    assert "--explain draws on the sheet" in no_sheet.err
+    encode_gallery(load_bundle(small_bundle), small_run.data / "images", tmp_path / "plain")
+    plain = dualmatch(
+        "runtime", "search", tmp_path / "plain", "--text", "x", "--sheet", tmp_path / "s.html", "--explain"
+    )
+    assert plain.code == 1
+    assert one_sentence(plain.err)
+    assert "export it with `dualmatch export … --attention`" in plain.err
+    assert not (tmp_path / "s.html").exists()
+
+
+# What the small run's dozens of images can show.
+LOOSE = ("--unverified", "--max-rsum-loss", 600, "--min-cosine", 0.99)
+
+
+def test_export_takes_the_option(small_run, tmp_path):
+    done = dualmatch("export", small_run.folder, "--out", tmp_path / "b", "--fp16", "--attention", *LOOSE)
+    assert done.code == 0, done.err
+    nodes = load_bundle(tmp_path / "b").manifest.encoders["image"].nodes
+    assert 0 < nodes.measured <= nodes.tolerance == 5e-3
+    assert "image_nodes" in done.out
+    verified = dualmatch("runtime", "verify", tmp_path / "b", "--data", small_run.data)
+    assert "in image_nodes differ from torch by at most" in verified.out

@@ -47,6 +47,8 @@ def test_what_is_not_there_is_not_made_up(tmp_path):
         regions.features("three.jpg")
     with pytest.raises(DualmatchError, match="has no positions"):
         regions.positions("one.jpg")
+    with pytest.raises(DualmatchError, match="does not tell where its regions lie"):
+        regions.boxes("one.jpg", 640, 480)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,8 @@ def test_scans_files_one_by_one_and_by_the_folder(tmp_path):
             regions.require([image_id])
     with pytest.raises(DualmatchError, match=r"has no positions, which this network needs for image 'test/0'"):
         one.positions("test/0")
+    with pytest.raises(DualmatchError, match=r"test_ims\.npy does not tell where its regions lie"):
+        one.boxes("test/0", 640, 480)
     np.save(tmp_path / "dev_ims.npy", SCAN_ROWS[:, :2])
     with pytest.raises(DualmatchError, match=r"differ in shape: \(2, 4\), \(3, 4\)"):
         RegionFile(tmp_path)
@@ -232,6 +236,8 @@ def test_vlps_files_with_their_boxes(tmp_path, coco):
             np.testing.assert_array_equal(regions.features(image_id), features_of(row))
             expected = position_features(boxes_of(row), classes_of(row))
             np.testing.assert_array_equal(regions.positions(image_id), expected)
+            corners = boxes_of(row)[:, :4] / np.array([2000, 1000, 2000, 1000], np.float32)
+            np.testing.assert_allclose(regions.boxes(image_id, 2000, 1000), corners.clip(0, 1), rtol=1e-6)
     with pytest.raises(DualmatchError, match=r"no features for image '391.jpg' and 1 others of 3\."):
         RegionFile(features).require(["391.jpg", "392.jpg", ids[0]])
 
