@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dualmatch.runtime import Gallery, ImageEncoder, TextEncoder, load_bundle
 from dualmatch.runtime.attention import (
@@ -27,7 +27,7 @@ from dualmatch.runtime.explain import explained
 from dualmatch.runtime.preprocess import Preprocess, open_rgb
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.search import Query, search_all
-from dualmatch.runtime.sheet import Hit
+from dualmatch.runtime.sheet import HTML_THUMBNAIL, Hit
 
 from .demo_fixture import dualmatch, edit_manifest, one_sentence
 
@@ -359,7 +359,8 @@ def vsrn(tmp_path_factory):
     positions = np.concatenate([corners, np.zeros((len(corners), 6, 2))], axis=2).astype(np.float32)
     file = write_regions(root / "regions.npz", dataset, regions=6, positions=positions)
     options = [
-        "train.epochs=1", "train.batch_size=8", "model.feature_dim=10", "model.embed_dim=16", f"data.regions={file}",
+        "train.epochs=1", "train.batch_size=8", 'data.train_splits=["train"]', f"data.regions={file}", "data.min_word_count=1",
+        "model.feature_dim=10", "model.embed_dim=16",
         "model.captioning.hidden_dim=8", "model.captioning.word_dim=8",
     ]  # fmt: skip
     train(load_recipe("flickr8k-vsrn", options), dataset, root / "run", data_name=str(data), cache=root / "cache")
@@ -449,10 +450,10 @@ def test_what_is_drawn_for_the_query_is_the_query_s(attentive, galleries, photos
     with ImageEncoder(bundle, attention=True) as encoder, TextEncoder(bundle) as texts:
         (found,) = attention_maps(encoder, [first.image])
         (vector,) = texts.encode(query.texts)
-    photograph = open_rgb(first.image)
+    photograph = ImageOps.contain(open_rgb(first.image), (HTML_THUMBNAIL, HTML_THUMBNAIL))
     pictures = dict(first.pictures)
     for label, kind, towards in (("looks at: grid", "global", None), ("fits the query: regions", "regional", vector)):
-        wanted = overlay(photograph, found.heat(kind, vector=towards))
+        wanted = overlay(photograph, found.heat(kind, vector=towards, size=photograph.size))
         assert pictures[label].size == wanted.size
         np.testing.assert_array_equal(np.asarray(pictures[label]), np.asarray(wanted))
 
@@ -509,3 +510,16 @@ def test_export_takes_the_option(small_run, tmp_path):
     assert "image_nodes" in done.out
     verified = dualmatch("runtime", "verify", tmp_path / "b", "--data", small_run.data)
     assert "in image_nodes differ from torch by at most" in verified.out
+
+
+def test_greying_out_is_measured_on_the_network_s_own_pixels(attentive, small_run):
+    from dualmatch.bench.attention import falls, greyed
+
+    pixels = np.ones((3, 8, 8), np.float32)
+    changed = greyed(pixels, np.array([[0.0, 0.25, 0.5, 0.5], [0.75, 0.75, 1.0, 1.0]]))
+    assert changed.sum() == 3 * (64 - 8 - 4)
+    assert (changed[:, 2:4, :4].sum(), changed[:, 6:, 6:].sum(), pixels.sum()) == (0, 0, 192)
+    found = falls(attentive, str(small_run.data), splits=["train", "val"], photographs=6, threads=1)
+    assert {name: len(values) for name, values in found.items()} == {"best": 6, "random": 6, "worst": 6}
+    assert all(np.isfinite(values).all() for values in found.values())
+    assert not np.array_equal(found["best"], found["worst"])
