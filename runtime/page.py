@@ -31,7 +31,7 @@ p { margin: .25rem 0; } a { color: var(--tone1); } code { font-size: .9em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th, td { overflow-wrap: normal; } /* a table that is too wide scrolls */
-th { font-weight: 600; color: var(--soft); } th.number, td.number { text-align: right; } td.short { white-space: nowrap; } td { min-width: 2rem; }
+th { font-weight: 600; color: var(--soft); } th.number, td.number { text-align: right; } th, td.short { white-space: nowrap; } td:not(.short) { min-width: 16rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem; margin: .8rem 0; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .8rem; color: var(--soft); }
 figure > img { display: block; max-width: 100%; height: auto; border-radius: .3rem; }

@@ -12,6 +12,7 @@ from dualmatch.bench.html.found import discover
 from dualmatch.bench.html.models import Model
 from dualmatch.bench.html.pictures import Show
 from dualmatch.bench.html.report import write_report
+from dualmatch.bench.report_table import format_number
 from dualmatch.runtime import streaming
 from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.datasets import open_dataset
@@ -188,6 +189,11 @@ def test_what_the_benchmarks_write_is_found_and_drawn(tmp_path, small_bundle, sm
         assert f"{row['rsum_interval'][0]:.1f} to {row['rsum_interval'][1]:.1f}" in page.text
     for case in found.comparisons[0].values["cases"]:
         assert case["label"] in page.text
+    shutil.copytree(small_bundle, tmp_path / "bundle")  # now the first table knows whose the numbers are
+    glance = write_report(tmp_path).path.read_text().partition('<section id="overview">')[2].partition("</section>")[0]
+    assert f"<td>{found.recalls[0].values['rows'][0]['rsum']:.1f}</td>" in glance.replace(' class="number short"', "")
+    for case in found.latencies[0].values["cases"]:
+        assert format_number(case["request_latency"]["p50"]) in glance
 
 
 def test_recalls_on_different_pairs_are_not_drawn_beside_each_other(tmp_path):

@@ -12,7 +12,7 @@ from dualmatch.runtime.page import image_tag, shown, thumbnail
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.sheet import Hit, hit_list
 
-from .found import Findings, Values
+from .found import Findings
 from .models import Model, Progress, one_of_each, run_models
 from .parts import Section
 
@@ -34,9 +34,9 @@ article > h3 { margin: 0; font-size: 1rem; }
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What running the bundles brought: (name, recall) of each, and sections."""
+    """What running the bundles brought: the models with their recall, and sections."""
 
-    recalls: Sequence[tuple[str, Values]]
+    models: Sequence[Model]
     sections: Sequence[Section]
 
 
@@ -66,7 +66,7 @@ def pictures_of(
     )
     show = Show(dataset, models)
     return Pictures(
-        recalls=[(f"{model.label}, run for this report", model.recall.to_json()) for model in models],
+        models=models,
         sections=[show.sheet(num_queries), show.failures()],
     )
 

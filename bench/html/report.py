@@ -15,6 +15,7 @@ from dualmatch.runtime.regions import RegionFile
 
 from . import results, speed
 from .found import Findings, discover
+from .overview import overview_section
 from .parts import STYLE, Section
 from .pictures import PICTURES_STYLE, Pictures, pictures_of
 
@@ -102,8 +103,10 @@ def _checked_place(root: Path, out: Path | None) -> Path:
 
 
 def _sections(found: Findings, pictures: Pictures | None) -> list[Section]:
-    measured = [] if pictures is None else pictures.recalls
+    models = [] if pictures is None else pictures.models
+    measured = [(f"{model.label}, run for this report", model.recall.to_json()) for model in models]
     sections = [
+        overview_section(found, {model.bundle.hash: model.recall.to_json() for model in models}),
         results.recall_section(found, measured),
         results.precision_section(found),
         speed.compare_section(found),

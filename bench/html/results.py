@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualmatch.runtime.curves import best_epoch, curves
-from dualmatch.runtime.page import Markup, shown, table
+from dualmatch.runtime.page import shown, table
 from dualmatch.runtime.plot import Axis, Row, rows, tone_of
 
 from .found import Findings, FoundReport, FoundRun, Values
@@ -34,22 +34,20 @@ def protocol_words(protocol: Values) -> str:
 
 
 def bundles_section(found: Findings) -> Section | None:
-    """Every bundle: network, precision, size, the gate's verdict."""
+    """Every bundle: network, recipe, precision, size, hash."""
     if not found.bundles:
         return None
     cells = []
     for one in found.bundles:
         manifest = one.bundle.manifest
-        verdict = str(manifest.parity.get("verdict", "not measured"))
-        kind = "good" if verdict == "pass" else "bad"
         sizes = [
             manifest.files[entry.file].bytes for entry in manifest.encoders.values() if entry.file in manifest.files
         ]
         cells.append((
             one.name, one.network, str(manifest.provenance.get("recipe") or "-"), one.precision, f"{sum(sizes) / 2**20:.1f}", str(manifest.embedding_dimension),
-            Markup(f'<b class="{kind}">{shown(verdict)}</b>'), one.bundle.hash[:12],
+            one.bundle.hash[:12],
         ))  # fmt: skip
-    heads = ("bundle", "network", "recipe", "precision", "graphs, MiB", "dimensions", "gate", "hash")
+    heads = ("bundle", "network", "recipe", "precision", "graphs, MiB", "dimensions", "hash")
     return Section(key="bundles", title="Bundles", body=[table(heads, cells)])
 
 

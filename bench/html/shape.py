@@ -51,7 +51,7 @@ COMPARE = {
 }
 INTERVALS = {"*": [float]}
 BENCH_RECALL = {
-    "subject": {"data": {"name": str}},
+    "subject": {"data": {"name": str}, "models?": [{"label": str, "bundle?": (str, None)}]},
     "rows": [{"models": [str], "kind": str, "rerank": int, **RECALL, "rsum_interval": [float]}],
     "slices": [
         {"models": [str], "group": str, "slice": str, "captions": int, **WAY, "intervals": INTERVALS}
