@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .demo_fixture import demo, small_bundle, small_run  # noqa: F401  (fixtures of every test file)
+from .demo_fixture import attentive, demo, small_bundle, small_run  # noqa: F401  (fixtures of every test file)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -136,6 +136,18 @@ def small_bundle(small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+@pytest.fixture(scope="session")
+def attentive(small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run exported with its nodes. Tests read it and change copies."""
+    pytest.importorskip("onnxscript")
+    from dualmatch.export.bundle import export_run
+    from dualmatch.training.checkpoint import load_run
+
+    out = tmp_path_factory.mktemp("attentive") / "bundle"
+    export_run(load_run(small_run.folder), small_run.dataset, out, attention=True)
+    return out
+
+
 def write_captions_folder(folder: Path, items: Any) -> Path:
     """Images and captions as a user has them: images/ and captions.json."""
     (folder / "images").mkdir(parents=True)

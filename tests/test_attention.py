@@ -32,18 +32,6 @@ from dualmatch.runtime.sheet import HTML_THUMBNAIL, Hit
 from .demo_fixture import dualmatch, edit_manifest, one_sentence
 
 
-@pytest.fixture(scope="session")
-def attentive(small_run, tmp_path_factory):
-    """The small run exported with its nodes. Tests read it and change copies."""
-    pytest.importorskip("onnxscript")
-    from dualmatch.export.bundle import export_run
-    from dualmatch.training.checkpoint import load_run
-
-    out = tmp_path_factory.mktemp("attentive") / "bundle"
-    export_run(load_run(small_run.folder), small_run.dataset, out, attention=True)
-    return out
-
-
 @pytest.fixture
 def photos(small_run):
     return sorted((small_run.data / "images").iterdir())[:5]

@@ -1,12 +1,15 @@
 """`dualmatch report`: what it finds in a folder, what it says of the rest, and that a page holds what its sources say."""
 
+import base64
 import json
 import shutil
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dualmatch.bench.html.found import discover
 from dualmatch.bench.html.models import Model
@@ -14,9 +17,12 @@ from dualmatch.bench.html.pictures import Show
 from dualmatch.bench.html.report import write_report
 from dualmatch.bench.report_table import format_number
 from dualmatch.runtime import streaming
+from dualmatch.runtime.attention import attention_maps, overlay
 from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.datasets import open_dataset
+from dualmatch.runtime.encoders import ImageEncoder, TextEncoder
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.page import thumbnail
 
 from .demo_fixture import dualmatch, edit_manifest, one_sentence
 
@@ -249,6 +255,37 @@ def test_pictures_mark_the_right_answers(tmp_path, small_bundle, small_run):
     failures = text[text.index('<section id="failures">') :].split('<div class="answers">')[1:]
     assert failures
     assert all("✓ right" in row for row in failures)  # the right answer always stands there too
+
+
+def test_a_network_is_shown_where_it_looks(tmp_path, small_bundle, small_run, attentive):
+    shutil.copytree(small_bundle, tmp_path / "a-bundle")
+    data = open_dataset(small_run.data).select(["test"])
+    written = write_report(tmp_path, dataset=data)
+    assert "What the networks look at" not in written.sections
+    assert "--attention" in dict(written.missing)["attention pictures"]
+    shutil.copytree(attentive, tmp_path / "looks")
+    written = write_report(tmp_path, dataset=data)
+    assert "attention pictures" not in dict(written.missing)
+    text = written.path.read_text()
+    assert "a-bundle, run for this report" not in text  # one bundle of a network, the one that can show more
+    section = text[text.index('<section id="attention">') :].partition("</section>")[0]
+    (tmp_path / "section.html").write_text(section)
+    images = Page(tmp_path / "section.html").all("img")
+    kinds = ("global", "regional")
+    assert len(images) == 4 * (1 + 2 * len(kinds))  # four photographs, each kind against two embeddings
+    first = data.items[0]
+    with ImageEncoder(attentive, attention=True) as encoder, TextEncoder(attentive) as texts:
+        (maps,) = attention_maps(encoder, [first.read_bytes()], [first.id])
+        caption = texts.encode([first.captions[0]])[0]
+    small = thumbnail(first.read_bytes(), 240)
+    wanted = [small] + [
+        overlay(small, maps.heat(kind, vector=v, size=small.size)) for kind in kinds for v in (None, caption)
+    ]
+    for image, expected in zip(images, wanted, strict=False):
+        drawn = Image.open(BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+        assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 6  # JPEG
+        assert first.captions[0] in image["alt"]
+    assert np.abs(np.asarray(wanted[1], float) - np.asarray(wanted[2], float)).mean() > 0.5
 
 
 def test_the_measured_recall_is_that_of_evaluate(tmp_path, small_bundle, small_run):

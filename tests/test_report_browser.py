@@ -90,10 +90,11 @@ Math.min(...[...document.querySelectorAll("svg text")].map(text => {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, small_bundle, small_run):
+def page(tmp_path_factory, small_bundle, small_run, attentive):
     """A page with all that there can be, names too long for a phone among it."""
     folder = tmp_path_factory.mktemp("everything") / "report"
     shutil.copytree(small_bundle, folder / "bundle-with-a-name-that-is-much-too-long-for-a-phone")
+    shutil.copytree(attentive, folder / "attentive")
     shutil.copytree(small_run.folder, folder / "run")
     a_run(folder / "longer", epochs=[(n, 100 + n % 7) for n in range(1, 31)])
     cases = [

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualmatch.runtime import streaming
+from dualmatch.runtime.attention import has_attention
 from dualmatch.runtime.bundle import Bundle
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.evaluate import encode_dataset
@@ -39,11 +40,13 @@ class Model:
 
 
 def one_of_each(bundles: Iterable[FoundBundle]) -> list[FoundBundle]:
-    """A bundle of every trained network, the first by name: others of the same network differ in the flips that the gate counts."""
+    """A bundle of every trained network: the first by name, of those that show what they look at if there are any. Others of the same
+    network differ in the flips that the gate counts.
+    """
     chosen: dict[str, FoundBundle] = {}
-    for one in bundles:
+    for one in sorted(bundles, key=lambda one: not has_attention(one.bundle)):
         chosen.setdefault(one.checkpoint, one)
-    return list(chosen.values())
+    return sorted(chosen.values(), key=lambda one: one.name)
 
 
 def run_models(

@@ -12,12 +12,14 @@ from dualmatch.runtime.page import image_tag, shown, thumbnail
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.sheet import Hit, hit_list
 
+from .attention import attention_section
 from .found import Findings
 from .models import Model, Progress, one_of_each, run_models
 from .parts import Section
 
 TOP = 5
 NUM_FAILURES, NUM_DISAGREEMENTS = 3, 2  # each way, for every network
+NUM_ATTENTION = 4  # photographs
 THUMBNAIL = 200  # pixels, the longer side
 PICTURES_STYLE = """
 .lists { display: flex; flex-wrap: wrap; gap: 0 1.5rem; } .answers { flex: 1 1 30rem; min-width: 0; max-width: 46rem; margin-top: .6rem; } .answers > p { font-size: .85rem; margin: 0 0 .3rem; }
@@ -38,6 +40,7 @@ class Pictures:
 
     models: Sequence[Model]
     sections: Sequence[Section]
+    has_attention: bool
 
 
 def pictures_of(
@@ -65,9 +68,15 @@ def pictures_of(
         chosen, dataset, regions=regions, backend=backend, threads=threads, batch_size=batch_size, progress=progress
     )
     show = Show(dataset, models)
+    seen = spread(len(dataset.items), NUM_ATTENTION)
+    attention = attention_section(
+        [dataset.items[image] for image in seen], models, captions=[show.first_caption[image] for image in seen],
+        regions=regions, backend=backend, threads=threads,
+    )  # fmt: skip
     return Pictures(
         models=models,
-        sections=[show.sheet(num_queries), show.failures()],
+        sections=[show.sheet(num_queries), show.failures(), *([attention] if attention else [])],
+        has_attention=attention is not None,
     )
 
 

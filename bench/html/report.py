@@ -155,6 +155,10 @@ def _missing(root: Path, found: Findings, pictures: Pictures | None, dataset: Da
     missing = [(what, command) for there, what, command in wanted if not there]
     if found.comparisons and not any(report.values.get("roofs") for report in found.comparisons):
         missing.append(("roofline", f"dualmatch bench compare {bundle} {second} --out {here}/compare.json"))
+    if pictures is not None and not pictures.has_attention:
+        missing.append(
+            ("attention pictures", f"dualmatch export {run} --data {data} --out {here}/bundle-attention --attention")
+        )
     return missing
 
 
