@@ -91,6 +91,21 @@ def test_more_equals_than_candidates_still_come_by_position(tmp_path, engine):
 
 
 @engines
+def test_more_asked_for_than_candidates_are_kept_is_still_exact(tmp_path, engine):
+    if engine == "numkong":
+        pytest.importorskip("numkong")
+    queries, k = unit_table(1, 16, seed=9), exact.MAX_CANDIDATES - 6
+    # All of them equally far from the query, in all directions: rounded to float16, it would confuse hundreds.
+    table = unit_table(6000, 16)
+    table = (table - (table @ queries.T) * queries) / 2 + queries / 2
+    gallery = write_table(tmp_path / "g", table, batch_size=500, rows_per_shard=1000)
+    scores, positions = gallery.search(queries, k, engine=engine, threads=3)
+    wanted_scores, wanted = by_sorting(queries, gallery.vectors(), k)
+    assert positions.tolist() == wanted.tolist()
+    assert scores.tolist() == wanted_scores.tolist()
+
+
+@engines
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e6, 1e30])
 def test_long_and_short_queries_rank_alike(gallery, engine, scale):
     if engine == "numkong":
@@ -127,7 +142,8 @@ def test_the_engine_is_chosen_by_size_and_number_of_queries(monkeypatch):
     half, single = np.dtype(np.float16), np.dtype(np.float32)
     monkeypatch.setattr(exact, "find_spec", lambda _name: object())
     assert exact.choose_engine(1, 2**31, half) == "numkong"
-    assert exact.choose_engine(64, 2**31, half) == "numpy"
+    assert exact.choose_engine(64, 2**31, half) == "numkong"
+    assert exact.choose_engine(1000, 2**31, half) == "numpy"
     assert exact.choose_engine(1, 2**20, half) == "numpy"
     assert exact.choose_engine(1, 2**31, single) == "numpy"
     monkeypatch.setattr(exact, "find_spec", lambda _name: None)

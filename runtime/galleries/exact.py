@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +27,9 @@ SCORE_BYTES = 16 * 2**20  # of scores held at a time
 SPARE_CANDIDATES, MAX_CANDIDATES = 16, 4096  # beyond k at first, and where more are looked for among near-equal scores
 SLACK = 2e-6  # by which a product of matrices may differ from a sum, for vectors of about unit norm
 WIDEN_ROWS = 512  # widened at a time by a thread: half a megabyte to a few, so that it stays in the core's cache
-# numkong reads float16 once per query without widening it, NumPy widens once for all queries (docs/search.md, "Speed").
-FEW_QUERIES, NUMKONG_BYTES = 4, 64 * 2**20
+FEW_QUERIES = 4  # up to which NumPy multiplies what it has just widened, slice by slice
+# numkong multiplies float16 without widening it, NumPy's product of matrices is faster per query (docs/search.md, "Speed").
+NUMKONG_QUERIES, NUMKONG_BYTES = 256, 4 * 2**20
 # A float16's bits, moved to where float32 keeps them: sign, then exponent and fraction 13 bits higher. As the two count exponents
 # from 15 and 127, the number so read is 2^-112 times the float16's; the queries carry 2^112 in return. Exact, and ten times NumPy's cast.
 HALF_BITS = np.int32(-0x70002000)
@@ -36,7 +38,7 @@ HALF_SCALE = 112
 
 def choose_engine(num_queries: int, num_bytes: int, dtype: np.dtype[Any]) -> Engine:
     """What is faster at so many queries on so many bytes of vectors, among what is installed."""
-    worth_it = dtype == np.float16 and num_queries <= FEW_QUERIES and num_bytes >= NUMKONG_BYTES
+    worth_it = dtype == np.float16 and num_queries <= NUMKONG_QUERIES and num_bytes >= NUMKONG_BYTES
     return "numkong" if worth_it and find_spec("numkong") is not None else "numpy"
 
 
@@ -59,7 +61,7 @@ def exact_search(
         fetch: vectors at positions, float32 (n, D), to score candidates again.
         count: how many vectors the pieces have in all.
         engine: what finds candidates; the answer does not depend on it.
-        threads: that widen float16 for NumPy; a product of matrices uses those of NumPy's BLAS.
+        threads: that scan; NumPy's product of matrices uses those of its BLAS.
 
     Returns:
         scores float32 and positions int64, each (Q, min(k, count)), best first.
@@ -76,11 +78,11 @@ def exact_search(
     while len(todo):
         asked = scaled[todo]
         if engine == "numkong":
-            best = _scan_with_numkong(pieces(), asked, num_candidates)
+            best = _scan_with_numkong(pieces(), asked, num_candidates, threads)
         else:
             best = _scan_with_numpy(pieces(), asked, num_candidates, threads)
         scores[todo], positions[todo] = scored_again(best.positions, asked, k, fetch)
-        if num_candidates >= min(count, MAX_CANDIDATES):
+        if num_candidates >= (count if engine == "numkong" else min(count, MAX_CANDIDATES)):
             break
         # What was no candidate scores at most as the last candidate did, give or take the scan's error: is that clearly too little?
         error = SLACK * np.linalg.norm(asked, axis=1)
@@ -186,14 +188,29 @@ def widen(half: NDArray[np.float16], out: Float32) -> None:
     np.bitwise_and(bits, HALF_BITS, out=bits)
 
 
-def _scan_with_numkong(pieces: Iterable[Piece], queries: Float32, num_candidates: int) -> _Best:
-    from numkong import cdist
+def _scan_with_numkong(pieces: Iterable[Piece], queries: Float32, num_candidates: int, threads: int) -> _Best:
+    from numkong import cdist, dots_pack, dots_packed
 
-    best = _Best(len(queries), num_candidates)
-    # Half-precision queries, because it multiplies vectors of one type. One thread is as fast as memory.
+    # Half-precision queries, because it multiplies vectors of one type.
     asked = queries.astype(np.float16)
-    for positions, vectors in pieces:
-        best.offer(slice(None), np.asarray(cdist(asked, vectors, "dot")).astype(np.float32), positions)
+    packed = dots_pack(asked)
+    shared, lock = iter(pieces), Lock()
+
+    def scan(best: _Best) -> _Best:
+        while True:
+            with lock:
+                if (piece := next(shared, None)) is None:
+                    return best
+            positions, vectors = piece
+            # Both leave Python to the other threads while they multiply; for one query the simpler is the faster.
+            product = cdist(asked, vectors, "dot") if len(asked) == 1 else dots_packed(vectors, packed)
+            scores = np.asarray(product, dtype=np.float32)
+            best.offer(slice(None), scores if len(asked) == 1 else scores.T, positions)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+        best, *others = pool.map(scan, [_Best(len(queries), num_candidates) for _ in range(threads)])
+    for other in others:
+        best.merge(np.arange(len(queries)), other.scores, other.positions)
     return best
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, sha256_of_file
 
-from .exact import FEW_QUERIES, Engine, Positions, choose_engine, exact_search, top_k
+from .exact import FEW_QUERIES, SCORE_BYTES, Engine, Positions, choose_engine, exact_search, top_k
 from .index import QUARANTINE_FILE, GalleryIndex, Kind, Shard
 
 __all__ = ["Gallery", "Item", "Quarantined", "top_k"]
@@ -228,9 +228,10 @@ class Gallery:
         self.require_queries(queries, k)
         count = len(self) if among is None else int(np.count_nonzero(among))
         engine = engine or self.engine_for(len(queries), count)
-        # A few queries go over a shard at once; a product of matrices over a block, which stays in the cache once widened.
+        # What multiplies float16 goes over a shard at once; a product of matrices over a block, which stays in the cache once widened.
         block = max(1, SEARCH_BLOCK_BYTES // (4 * self.dimension))
-        rows = self.index.rows_per_shard if engine == "numkong" or len(queries) <= FEW_QUERIES else block
+        whole = max(1, min(self.index.rows_per_shard, SCORE_BYTES // (4 * max(1, len(queries)))))
+        rows = whole if engine == "numkong" or len(queries) <= FEW_QUERIES else block
         return exact_search(
             partial(self.pieces, rows, among),
             queries,
