@@ -8,6 +8,7 @@ the input's seed (`--seed S --only READER --seconds 0` repeats it).
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -180,6 +181,7 @@ def readers(work, bundle):
         "captions .txt": ([b"a dog\nzwei Hunde\n\n"], damaged, file_of("c.txt", captions_in)),
         "captions .jsonl": ([b'{"caption": "a", "image": "x"}\n{"caption": "b", "id": 7}\n'], damaged, file_of("c.jsonl", captions_in)),
         "captions .json": ([b'{"images": [{"filename": "x", "captions": ["a", "b"]}]}'], damaged_json, file_of("c.json", captions_in)),
+        "tar.gz": ([gzip.compress(a_tar(layout)) for layout in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT)], damaged, file_of("t.tar.gz", tar)),
         "tar": ([a_tar(layout) for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)], damaged, file_of("t.tar", tar)),
         "photographs": (photographs(), damaged, open_rgb),
     }  # fmt: skip

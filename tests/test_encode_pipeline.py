@@ -1,5 +1,6 @@
 """From sources to batches: what is in a batch, what waits for what, and that parts and bundles give one run's bytes."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -283,8 +284,11 @@ def test_every_kind_of_source_gives_the_same_vectors(demo, photos, tmp_path):
     by_id = {item.id: vector for item, vector in zip(folder.items, folder.vectors(), strict=True)}
     expected = np.stack([by_id[photo.id] for photo in files if photo.id in by_id])
     assert len(expected) == 40
+    for number in range(2):
+        (tmp_path / f"z{number}.tar.gz").write_bytes(gzip.compress((tmp_path / f"s{number}.tar").read_bytes()))
     for name, source in {
         "tar": tmp_path / "s{0..1}.tar",
+        "tar.gz": tmp_path / "z{0..1}.tar.gz",
         "parquet": tmp_path / "t*.parquet",
         "list": tmp_path / "list.txt",
     }.items():

@@ -1,5 +1,6 @@
 """What can go wrong around a gallery: locks and forks, full disks, two writers, and files that someone or something has changed."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -301,24 +302,25 @@ def test_a_damaged_journal_never_reaches_the_gallery(gallery, tmp_path_factory, 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".tar"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".tar", ".tar.gz"])
 def test_damaged_sources_are_a_sentence_or_sources(tmp_path_factory, suffix, data):
     good = {
         ".txt": b"a dog\nzwei Hunde im Schnee\n\nein \xc3\xa4lterer\n",
         ".jsonl": b'{"caption": "a", "image": "x.jpg"}\n{"caption": "b", "id": 7}\n\n{"caption": ""}\n',
         ".json": b'{"images": [{"filename": "x.jpg", "captions": ["a", "b"]}, {"filename": "y", "captions": []}]}',
         ".tar": _tar(),
+        ".tar.gz": gzip.compress(_tar()),
     }[suffix]
     path = tmp_path_factory.mktemp("source") / f"f{suffix}"
     path.write_bytes(data.draw(changes(good)))
     try:
-        sources = photos_in(path) if suffix == ".tar" else captions_in(path)
+        sources = photos_in(path) if ".tar" in suffix else captions_in(path)
     except DualmatchError as error:
         require_one_line(error)
         return
     for source in sources:
         assert source.id
-        if suffix == ".tar":
+        if ".tar" in suffix:
             try:
                 source.read()
             except DualmatchError:

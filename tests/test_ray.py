@@ -1,5 +1,6 @@
 """`encode-gallery --engine ray` on a local cluster of two cores: the bytes of one process, whatever dies on the way; and object stores."""
 
+import gzip
 import io
 import json
 import shutil
@@ -325,6 +326,12 @@ def test_archives_in_an_object_store(memory):
             tar.addfile(member, io.BytesIO(content))
     memory.pipe_file("/bucket/shards/000.tar", data.getvalue())
     memory.pipe_file("/bucket/shards/001.tar", data.getvalue()[:-9000])
+    memory.pipe_file("/bucket/shards/002.tar.gz", gzip.compress(data.getvalue()))
+    photos = photos_in("memory://bucket/shards/002.tar.gz")
+    assert [(one.id, one.read()) for one in photos] == [("002.tar.gz/a.jpg", b"first"), ("002.tar.gz/b.jpg", b"second")]
+    memory.rm("/bucket/shards/002.tar.gz")
+    with pytest.raises(SourceGoneError, match=r"archive .*002.tar.gz has vanished"):
+        photos[0].read()
     photos = photos_in("memory://bucket/shards/*.tar")
     assert [(one.id, one.read()) for one in photos[:2]] == [("000.tar/a.jpg", b"first"), ("000.tar/b.jpg", b"second")]
     memory.rm("/bucket/shards/000.tar")
@@ -337,7 +344,7 @@ def test_archives_in_an_object_store(memory):
     [
         ("memory://bucket/none.txt", "there is no list"),
         ("memory://bucket/none/*.tar", "nothing matches"),
-        ("memory://bucket/photos", "neither a list .* nor .tar archives"),
+        ("memory://bucket/photos", "neither a list .* nor .tar or .tar.gz archives"),
         ("nosuch://bucket/list.txt", "cannot be opened: Protocol not known"),
     ],
 )

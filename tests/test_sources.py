@@ -215,8 +215,8 @@ def test_patterns(tmp_path):
 # Tar archives
 
 
-def write_tar(path, members, **options):
-    with tarfile.open(path, "w", **options) as tar:
+def write_tar(path, members, compression="", **options):
+    with tarfile.open(path, f"w:{compression}", **options) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)

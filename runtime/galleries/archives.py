@@ -1,4 +1,4 @@
-"""Photographs in tar archives, webdataset's layout: headers are read once, then any photograph is one read at an offset."""
+"""Photographs in tar archives, webdataset's layout: headers are read once, then any photograph is one read at an offset (if not compressed)."""
 
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,16 @@ from typing import Any
 
 from dualmatch.runtime.errors import DualmatchError
 
-from .photos import LostPhoto, OnlyIds, Photo, SourceGoneError, is_photo_name, require_size
+from .compressed import COMPRESSED_SUFFIXES, CompressedArchive, CompressedTarPhoto, Inflated
+from .photos import LostPhoto, OnlyIds, Photo, SourceGoneError, require_size
+from .tar_members import photo_members
+
+ARCHIVE_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)
+
+
+def is_archive_name(name: str) -> bool:
+    """Whether a file's name is that of an archive which can be read."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +56,7 @@ def photos_of_tars(archives: Sequence[Path], root: Path) -> list[Photo]:
 
 
 def photos_of_archives(archives: Sequence[tuple[Any, str]], member_type: Callable[..., Photo]) -> list[Photo]:
-    """As `photos_of_tars`, of (archive, its name in ids): an archive is whatever opens as a path does, a photograph a `member_type`."""
+    """As `photos_of_tars`, of (archive, its name in ids): an archive is whatever opens as a path does, a photograph of an uncompressed one a `member_type`."""
     photos = [photo for archive, name in archives for photo in _photos(archive, name, member_type)]
     if not photos:
         raise DualmatchError(f"no photograph in the {len(archives)} archive(s) {archives[0][0]} …")
@@ -55,23 +64,22 @@ def photos_of_archives(archives: Sequence[tuple[Any, str]], member_type: Callabl
 
 
 def _photos(archive: Any, name: str, member_type: Callable[..., Photo]) -> Iterator[Photo]:
+    place = archive
+    compressed = name.lower().endswith(COMPRESSED_SUFFIXES)
+    if compressed:
+        place, member_type = CompressedArchive(archive), CompressedTarPhoto
     try:
         with archive.open("rb") as file:
-            tar = None
-            try:
-                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closed with its file)
-                while (member := tar.next()) is not None:
-                    vars(tar)["members"] = []  # else the headers of a million members stay in memory
-                    if is_photo_name(PurePosixPath(member.name).name):
-                        yield _photo(archive, name, member, member_type)
-                problem = _problem_at_end(file.seek(tar.offset), file.read(512))
-            except DualmatchError:
-                raise
-            except (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError) as error:
-                problem = str(error) or type(error).__name__
-            if problem:
-                where = f"behind byte {tar.offset}" if tar is not None else "from its first byte"
-                yield LostPhoto(id=name, reason=f"the archive cannot be read {where} ({problem}): what follows is lost")
+            stream = Inflated(file) if compressed else None
+            for member in photo_members(stream or file):
+                if isinstance(member, str):
+                    yield LostPhoto(id=name, reason=f"the archive {member}: what follows is lost")
+                    return
+                yield _photo(place, name, member, member_type)
+            if stream is not None and (damage := stream.damage_behind()):
+                yield LostPhoto(
+                    id=name, reason=f"the archive is damaged ({damage}): some of its photographs may be, too"
+                )
     except OSError as error:
         raise DualmatchError(f"archive {archive} cannot be read: {error.strerror or error}.") from None
 
@@ -81,10 +89,3 @@ def _photo(archive: Any, name: str, member: tarfile.TarInfo, member_type: Callab
     if not member.isreg() or member.issparse():
         return LostPhoto(id=id_, reason="it is not a plain file in its archive")
     return member_type(id=id_, archive=archive, offset=member.offset_data, size=member.size)
-
-
-def _problem_at_end(offset: int, block: bytes) -> str | None:
-    """`tarfile` takes a damaged header, and a missing one, for the end; the real end is a block of zeros."""
-    if len(block) < 512:
-        return f"it ends at byte {offset + len(block)} without an end mark"
-    return "a damaged header" if any(block) else None

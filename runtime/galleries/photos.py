@@ -110,8 +110,12 @@ def require_size(num_bytes: int) -> None:
     Raises:
         DualmatchError: above four bytes for each pixel of the limit, or no bytes at all.
     """
-    limit = 4 * preprocess.MAX_PIXELS + 2**20
     if num_bytes == 0:
         raise DualmatchError("it is empty.")
-    if num_bytes > limit:
-        raise DualmatchError(f"it has {num_bytes} bytes, above the limit of {limit}.")
+    if num_bytes > size_limit():
+        raise DualmatchError(f"it has {num_bytes} bytes, above the limit of {size_limit()}.")
+
+
+def size_limit() -> int:
+    """Bytes of the largest file that is read as a photograph: four for each pixel of the limit, and some for what stands around them."""
+    return 4 * preprocess.MAX_PIXELS + 2**20

@@ -11,13 +11,13 @@ from typing import Any
 
 from dualmatch.runtime.errors import DualmatchError
 
-from .archives import photos_of_tars
+from .archives import ARCHIVE_SUFFIXES, is_archive_name, photos_of_tars
 from .columns import photos_of_columns
 from .patterns import files_of
 from .photos import PHOTO_SUFFIXES, FilePhotos, Photo, is_photo_name
 from .urls import is_url, local_path, photos_of_url
 
-TAR_SUFFIXES, COLUMN_SUFFIXES = (".tar",), (".parquet", ".arrow")
+COLUMN_SUFFIXES = (".parquet", ".arrow")
 STDIN = "-"
 
 
@@ -48,7 +48,7 @@ def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Phot
     - A folder is read recursively, in the order of the relative paths; hidden files and folders are left out (macOS puts a
       hidden `._name.jpg` beside every photograph on foreign disks), linked folders are not entered.
     - A list (`.txt`, or `-` for standard input) names one file a line, relative to the list (to the working directory), and keeps its order.
-    - `.tar` (webdataset's layout): every photograph in it, in the archive's order; not compressed, so that any of them can be reached at once.
+    - `.tar`, `.tar.gz`, `.tgz` (webdataset's layout): every photograph in it, in the archive's order; see `compressed.py` for what gzip costs.
     - `.parquet`, or `.arrow` as Hugging Face `datasets` saves it: encoded photographs in a column of bytes or of `{bytes, path}`.
     - A list or archives in an object store, by URL (`s3://…`), see `urls.py`.
 
@@ -71,7 +71,7 @@ def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Phot
         return _photos_of_folder(path)
     files = files_of(source)
     suffixes = {file.suffix.lower() for file in files}
-    if files and suffixes <= set(TAR_SUFFIXES):
+    if files and all(is_archive_name(file.name) for file in files):
         return photos_of_tars(files, _folder_of(files))
     if files and suffixes <= set(COLUMN_SUFFIXES):
         return photos_of_columns(files, _folder_of(files), column)
@@ -79,7 +79,7 @@ def photos_in(source: str | Path, *, column: str | None = None) -> Sequence[Phot
         raise DualmatchError(f"photographs: there is no folder, list, archive or pattern's match {source}.")
     if suffixes != {".txt"} or len(files) > 1:
         raise DualmatchError(
-            f"photographs: {source} is neither a folder nor a list (.txt, one path a line), nor .tar, .parquet or .arrow files of one kind."
+            f"photographs: {source} is neither a folder nor a list (.txt, one path a line), nor .tar, .tar.gz, .parquet or .arrow files of one kind."
         )
     return _photos_of_lines(_decoded(path), path.parent, str(path))
 
@@ -145,11 +145,11 @@ def _photos_of_folder(folder: Path) -> FilePhotos:
             if is_photo_name(name):
                 ids.append(prefix + name)
             else:
-                suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  (a million names)
+                suffix = ".tar.gz" if name.lower().endswith(".tar.gz") else os.path.splitext(name)[1].lower()  # noqa: PTH122  (a million names)
                 others["hidden" if name.startswith(".") else suffix or "without suffix"] += 1
     if not ids:
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items())) or "no file at all"
-        inside_them = [suffix for suffix in (*TAR_SUFFIXES, *COLUMN_SUFFIXES) if others[suffix]]
+        inside_them = [suffix for suffix in (*ARCHIVE_SUFFIXES, *COLUMN_SUFFIXES) if others[suffix]]
         advice = f"; for the photographs in them give '{folder}/*{inside_them[0]}'" if inside_them else ""
         raise DualmatchError(
             f"no photograph ({', '.join(PHOTO_SUFFIXES)}) in folder {folder}; it holds {found}{advice}."

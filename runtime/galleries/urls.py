@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import write_atomically
 
-from .archives import photos_of_archives
+from .archives import is_archive_name, photos_of_archives
 from .patterns import expanded
 from .photos import OnlyIds, Photo, SourceGoneError, require_size
 
@@ -98,14 +98,14 @@ def photos_of_url(source: str, ids_of_lines: Callable[[bytes, str], list[str]]) 
         DualmatchError: neither, nothing there, or the store cannot be reached.
     """
     urls = [url for part in expanded(source) for url in _matches(part)]
-    if urls and all(url.lower().endswith(".tar") for url in urls):
+    if urls and all(is_archive_name(url) for url in urls):
         common = posixpath.commonpath([posixpath.dirname(url.partition("://")[2]) for url in urls])
         names = [posixpath.relpath(url.partition("://")[2], common) for url in urls]
         archives = [UrlFile(url=url) for url in urls]
         return _asked(source, lambda: photos_of_archives(list(zip(archives, names, strict=True)), UrlTarPhoto))
     if len(urls) != 1 or not urls[0].lower().endswith(".txt"):
         raise DualmatchError(
-            f"photographs: {source} is neither a list (.txt, one name a line) nor .tar archives; in an object store these two can be read."
+            f"photographs: {source} is neither a list (.txt, one name a line) nor .tar or .tar.gz archives; in an object store these two can be read."
         )
     files, path = _file_system(urls[0])
     try:
