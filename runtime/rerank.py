@@ -6,7 +6,7 @@ Everywhere the order of similarity is descending, ties to the smaller index.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -88,11 +88,8 @@ def i2t_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
         return addresses.ranks()
 
     # A pair's address counts, down the caption's column, what ranks above the image's own row: no column is copied or sorted.
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bounds = [len(similarity) * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        addresses = sum(pool.map(counted, bounds[:-1], bounds[1:]))
-    return candidates_QK, np.asarray(addresses).reshape(candidates_QK.shape)
+    addresses = np.sum(_in_parts(len(similarity), counted), axis=0)
+    return candidates_QK, addresses.reshape(candidates_QK.shape)
 
 
 def t2i_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
@@ -103,12 +100,28 @@ def t2i_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
 
 def best_captions(similarity: Matrix, k: int) -> Ranks:
     """The k best captions of every image, int64 (images, k), in the order of similarity; raises as `i2t`."""
-    return _best(rows(similarity), *shape_of(similarity), k, "captions")
+    num_images, num_captions = shape_of(similarity)
+    require_k(k, num_captions, "captions")
+
+    def best(start: int, stop: int) -> Ranks:
+        return _best(rows(similarity, start, stop), stop - start, num_captions, k)
+
+    return np.concatenate(_in_parts(num_images, best))
 
 
 def best_images(similarity: Matrix, k: int) -> Ranks:
     """The k best images of every caption, int64 (captions, k), in the order of similarity; raises as `i2t`."""
-    return _best(columns(similarity), *shape_of(similarity)[::-1], k, "images")
+    num_images, num_captions = shape_of(similarity)
+    require_k(k, num_images, "images")
+    return _best(columns(similarity), num_captions, num_images, k)
+
+
+def _in_parts(num_rows: int, work: Callable[[int, int], Ranks]) -> list[Ranks]:
+    """What `work` gives of rows from `start` to before `stop`, in order, in as many parts and threads as there are cores."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bounds = [num_rows * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
 def columns(similarity: Matrix) -> Iterator[tuple[int, Line]]:
@@ -129,10 +142,9 @@ def columns(similarity: Matrix) -> Iterator[tuple[int, Line]]:
             yield index, column
 
 
-def _best(lines: Iterator[tuple[int, Line]], num_queries: int, num_items: int, k: int, items: str) -> Ranks:
-    require_k(k, num_items, items)
+def _best(lines: Iterator[tuple[int, Line]], num_queries: int, num_items: int, k: int) -> Ranks:
     best_QK = np.empty((num_queries, k), np.int64)
-    for query, line in lines:
+    for query, (_, line) in enumerate(lines):
         # The k largest maxima of disjoint groups are k items, so the best k all reach the least of these maxima.
         if k <= _GROUPS < num_items:
             maxima = line[: num_items // _GROUPS * _GROUPS].reshape(-1, _GROUPS).max(axis=0)
