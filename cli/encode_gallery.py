@@ -64,7 +64,7 @@ def command(
 ) -> None:
     """Encode PHOTOS with BUNDLE into a gallery.
 
-    PHOTOS is a folder, a list (.txt, or - for standard input), .tar archives, or .parquet or .arrow files; several of these
+    PHOTOS is a folder, a list (.txt, or - for standard input), .tar or .tar.gz archives, or .parquet or .arrow files; several of these
     by a pattern in quotes: 'shards/{000..099}.tar', 'data/*.parquet'. Lists, archives and (with --engine ray) --out may be URLs: s3://….
     """
     from functools import partial

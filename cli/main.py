@@ -3,6 +3,7 @@
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -137,6 +138,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror is not None:
         # A file is written under a temporary name beside its own; people know it by its own.
         name = re.sub(r"\.([^/]+)\.[a-z0-9_]{8}\.part$", r"\1", str(error.filename or "the output"))
+        if isinstance(error, FileExistsError) and Path(name).is_file():
+            return f"{name} is a file, so nothing can be written below it; give a path elsewhere."
         return f"{name} cannot be read or written: {error.strerror}."
     return None
 

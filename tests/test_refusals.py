@@ -43,7 +43,7 @@ def test_an_output_below_a_file_is_named_as_the_user_named_it(tmp_path):
     (tmp_path / "no").write_text("a file in a folder's place")
     refused = run("runtime", "rerank", "sims.npy", "--direction", "i2t", "--k1", 1, "--out", "no/x.npy", cwd=tmp_path)
     assert refused.returncode == 1
-    assert refused.stderr.endswith("no cannot be read or written: File exists.\n")
+    assert refused.stderr.endswith("no is a file, so nothing can be written below it; give a path elsewhere.\n")
     assert ".part" not in refused.stderr
 
 
