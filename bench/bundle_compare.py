@@ -1,4 +1,4 @@
-"""`bench compare`: bundles on backends, interleaved, the recall of each beside it; and the check against an earlier run."""
+"""`bench compare`: bundles on backends, interleaved; beside the speed of each its recall, and how near it comes to the machine's roofs."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,23 +6,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from dualmatch.runtime.bundle import Bundle, EncoderName, load_bundle
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.files import read_json, write_atomically
+from dualmatch.runtime.files import write_atomically
 
 from .bundle_latency import caption_length
-from .case import TORCH, Case, checked_backend
+from .case import ON_CPU, TORCH, Case, checked_backend, work_of_backend
 from .compare import Ratio, Variant, VariantResult, compare, ratio
-from .diagnostic import split_behaviour
+from .diagnostic import NULL, split_behaviour
 from .environment import changing_state, environment
 from .latency import checked_batches
+from .operations import Work
 from .pareto import front, picture
 from .report_table import format_number
+from .roofline import Roofline, roofs_line
+from .roofline import picture as roofline_picture
+from .roofs import Roofs
 from .variant_recall import recorded_recall
 from .worker import Worker
 
@@ -38,6 +41,14 @@ class Comparison:
     environment: Mapping[str, Any]
     subject: Mapping[str, Any]
     results: Sequence[VariantResult]
+    roofs: Roofs | None = None
+    uncounted: Sequence[str] = ()  # why some variants have no roofline, a sentence each
+
+    def roofline(self, result: VariantResult) -> Roofline | None:
+        """How near a variant's median comes to the roofs; None where it runs on no CPU or its work could not be counted."""
+        if self.roofs is None or result.work is None:
+            return None
+        return Roofline(work=result.work, roofs=self.roofs, seconds=result.median.value / 1e9)
 
     @property
     def groups(self) -> dict[Key, list[VariantResult]]:
@@ -57,7 +68,7 @@ class Comparison:
         for group in self.groups.values():
             on = _on_front(group)
             for result, is_on in zip(group, on, strict=True):
-                against, median = _against(result, group), result.median
+                against, median, roofline = _against(result, group), result.median, self.roofline(result)
                 cases.append(
                     {
                         "label": result.label,
@@ -82,6 +93,7 @@ class Comparison:
                         "stable": result.warmed_up,
                         "recall": result.recall,
                         "pareto": is_on,
+                        "roofline": None if roofline is None else roofline.to_json(),
                     }
                 )
         return {
@@ -89,6 +101,7 @@ class Comparison:
             "subject": dict(self.subject),
             "environment": dict(self.environment),
             "stable": self.stable,
+            "roofs": None if self.roofs is None else self.roofs.to_json(),
             "cases": cases,
         }
 
@@ -108,12 +121,17 @@ class Comparison:
         ]
 
     def pictures(self) -> dict[str, str]:
-        """The Pareto picture of each encoder and batch size, as SVG by name; of those variants whose recall is known."""
+        """Pictures as SVG by name: of each encoder and batch size the variants whose recall is known, of each encoder the roofline."""
         drawn = {}
         for (encoder, batch), group in self.groups.items():
             points = [(r.label, r.median.value / 1e6, float(r.recall["rsum"])) for r in group if r.recall is not None]
             if points:
                 drawn[f"pareto-{encoder}-{batch}.svg"] = picture(f"{encoder} encoder, batch {batch}", points)
+        for encoder in dict.fromkeys(r.encoder for r in self.results):
+            rooflines = [(r, self.roofline(r)) for r in self.results if r.encoder == encoder]
+            marks = [(f"{r.label}, batch {r.batch}", found) for r, found in rooflines if found is not None]
+            if marks and self.roofs is not None:
+                drawn[f"roofline-{encoder}.svg"] = roofline_picture(f"{encoder} encoder, roofline", self.roofs, marks)
         return drawn
 
     def tables(self) -> Group:
@@ -124,10 +142,10 @@ class Comparison:
                 title=f"{encoder}, batch {batch}", box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left"
             )
             table.add_column("variant", overflow="fold")
-            for header in ("p50 ms", "95 %", "times as fast", "95 %", "Rsum", "Pareto"):
+            for header in ("p50 ms", "95 %", "as fast", "95 %", "Rsum", "Pareto", "GEMM", "copy"):
                 table.add_column(header, justify="right", no_wrap=True)
             for result, is_on in zip(group, _on_front(group), strict=True):
-                against, median = _against(result, group), result.median
+                against, median, roofline = _against(result, group), result.median, self.roofline(result)
                 label = Text(result.label)
                 if not result.warmed_up:
                     label.append(" UNSTABLE", style="bold red")
@@ -139,10 +157,15 @@ class Comparison:
                     "reference" if result is group[0] else f"{against.low:.2f}-{against.high:.2f}",
                     "-" if result.recall is None else f"{result.recall['rsum']:.1f}",
                     {True: "yes", False: "no", None: "-"}[is_on],
+                    "-" if roofline is None else f"{roofline.gemm_percent:.0f} %",
+                    "-" if roofline is None else f"{roofline.copy_percent:.0f} %",
                 )
             shown += [table, Text()]
         sources = sorted({r.recall["source"] for r in self.results if r.recall is not None})
         shown.append(Text(f"Variants took turns, A B B A. Recall: {'; '.join(sources) or 'not known'}."))
+        if self.roofs is not None:
+            shown.append(Text(f"{roofs_line(self.roofs)}. GEMM, copy: the share of each that the median call reaches."))
+        shown += [Text(f"No roofline: {reason}") for reason in self.uncounted]
         return Group(*shown)
 
 
@@ -213,14 +236,22 @@ def compare_bundles(
                 measured[key] = worker.call("recall", data, list(splits))
         recalls.append(measured[key])
     groups = [(encoder, batch) for encoder in encoders for batch in batches]
+    if progress is not None:
+        progress("counting operations, measuring roofs", 0, 1)
+    roofs, works, uncounted = _counted(templates, groups)
     results: list[VariantResult] = []
     for number, (encoder, batch) in enumerate(groups):
         if progress is not None:
             progress(f"comparing {encoder}, batch {batch}", number, len(groups))
         results += compare(
             [
-                Variant(label=label, case=replace(case, encoder=encoder, batch=batch), recall=recall)
-                for label, (_, case), recall in zip(labels, templates, recalls, strict=True)
+                Variant(
+                    label=label,
+                    case=replace(case, encoder=encoder, batch=batch),
+                    recall=recall,
+                    work=_work_of(case, works.get((bundle.hash, encoder, batch))),
+                )
+                for label, (bundle, case), recall in zip(labels, templates, recalls, strict=True)
             ],
             budget_s=budget_s,
         )
@@ -235,7 +266,42 @@ def compare_bundles(
         "splits": list(splits),
         "seed": seed,
     }
-    return Comparison(environment=before | {"after": changing_state()}, subject=subject, results=results)
+    return Comparison(
+        environment=before | {"after": changing_state()},
+        subject=subject,
+        results=results,
+        roofs=roofs,
+        uncounted=uncounted,
+    )
+
+
+def _counted(
+    templates: Sequence[tuple[Bundle, Case]], groups: Sequence[tuple[EncoderName, int]]
+) -> tuple[Roofs | None, dict[tuple[str, str, int], Work], list[str]]:
+    """The roofs, the work of each bundle's encoders at each batch size, and why some of it could not be counted.
+
+    In processes of their own, as all that is measured. Where no variant runs on the CPU there is nothing to hold against its roofs.
+    """
+    roofs: Roofs | None = None
+    works: dict[tuple[str, str, int], Work] = {}
+    uncounted: dict[str, None] = {}
+    for bundle, case in templates:
+        if split_behaviour(case.backend)[0] not in ON_CPU:
+            continue
+        for encoder, batch in groups:
+            if (bundle.hash, encoder, batch) in works:
+                continue
+            with Worker(replace(case, backend=NULL, encoder=encoder, batch=batch)) as worker:
+                roofs = roofs or worker.call("roofs")
+                try:
+                    works[bundle.hash, encoder, batch] = worker.call("work")
+                except DualmatchError as error:
+                    uncounted[f"{bundle.path}: {error}"] = None
+    return roofs, works, list(uncounted)
+
+
+def _work_of(case: Case, work: Work | None) -> Work | None:
+    return None if work is None else work_of_backend(case.backend, work)
 
 
 def _labels(templates: Sequence[tuple[Bundle, Case]]) -> list[str]:
@@ -250,65 +316,3 @@ def _labels(templates: Sequence[tuple[Bundle, Case]]) -> list[str]:
     if len(set(labels)) == len(labels):
         return labels
     return [f"{bundle.path.name} {label}" for (bundle, _), label in zip(templates, labels, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slowdown:
-    """One case against the same case of the baseline: `value` above 1 is slower now, with its 95 % interval."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    failed: bool
-
-    def __str__(self) -> str:
-        change = f"{100 * (self.value - 1):+.1f} % ({100 * (self.low - 1):+.1f} to {100 * (self.high - 1):+.1f})"
-        return f"{self.name}: {change}{' SLOWER' if self.failed else ''}"
-
-
-def against_baseline(report: Mapping[str, Any], baseline: Path, limit: float) -> list[Slowdown]:
-    """Each case's median against the baseline's; a case fails where it is slower by more than `limit` and the interval is above 1.
-
-    Args:
-        report: `Comparison.to_json` of now.
-        baseline: the JSON of an earlier `bench compare`.
-        limit: 0.1 for 10 %.
-
-    Raises:
-        DualmatchError: no report of `bench compare`, of another processor or GPU, or with other cases.
-    """
-    before = read_json(baseline, "report of `bench compare`")
-    if not isinstance(before, dict) or before.get("schema") != SCHEMA:
-        raise DualmatchError(f"{baseline} is not a report of `bench compare --out`.")
-    machines = [_machine(values["environment"]) for values in (report, before)]
-    if machines[0] != machines[1]:
-        raise DualmatchError(
-            f"the baseline {baseline} was measured on {machines[1]}, this is {machines[0]}: measure a baseline here."
-        )
-    medians = [
-        {f"{c['label']}, {c['encoder']}, batch {c['batch']}": np.array(c["round_medians_ms"]) for c in values["cases"]}
-        for values in (report, before)
-    ]
-    if missing := sorted(set(medians[1]) - set(medians[0])):
-        raise DualmatchError(f"the baseline {baseline} has cases that this run has not: {'; '.join(missing)}.")
-    found = []
-    for name, earlier in medians[1].items():
-        value, low, high = _slowdown(medians[0][name], earlier)
-        found.append(Slowdown(name=name, value=value, low=low, high=high, failed=value > 1 + limit and low > 1))
-    return found
-
-
-def _slowdown(now: Any, before: Any) -> tuple[float, float, float]:
-    """The ratio of the medians of two runs, with a bootstrap over the rounds of each, which are not pairs."""
-    generator, medians = np.random.default_rng(0), []
-    for rounds in (now, before):
-        drawn = rounds[generator.integers(len(rounds), size=(2000, len(rounds)))]
-        medians.append(np.median(drawn, axis=1))
-    low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
-    return float(np.median(now) / np.median(before)), float(low), float(high)
-
-
-def _machine(values: Mapping[str, Any]) -> str:
-    gpus = ", ".join(gpu["name"] for gpu in values.get("gpus") or ())
-    return f"{values['cpu']['model']}, {values['cpu']['logical_cores']} cores" + (f", {gpus}" if gpus else "")

@@ -3,16 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualmatch.runtime.bundle import Bundle, load_bundle
 from dualmatch.runtime.errors import DualmatchError
 
-from .case import Case, checked_backend
+from .case import ON_CPU, Case, checked_backend
+from .diagnostic import NULL, split_behaviour
 from .environment import changing_state, environment
 from .latency import checked_batches
 from .measure import Plan
 from .report import LatencyReport
-from .worker import measure_in_process
+from .worker import Worker, measure_in_process
+
+if TYPE_CHECKING:
+    from .roofs import Roofs
 
 SERVER_TOLERANCE = 0.15
 """Medians of a queue vary more than those of a closed loop: a window holds few independent busy periods."""
@@ -47,6 +52,7 @@ def bench_latency(
     data: str | None = None,
     seed: int = 0,
     run: Path | None = None,
+    roofline: bool = False,
     progress: Progress | None = None,
 ) -> LatencyReport:
     """Latency of both encoders of a bundle: single stream, or open loop where a rate is given.
@@ -60,15 +66,20 @@ def bench_latency(
         data: photographs and captions to time the stages before the graph on; None leaves the stages out.
         seed: of random inputs and of the schedule.
         run: the trained run, for the backends `torch-eager` and `torch-compile`.
+        roofline: count the work of each case and measure what the CPU can do.
 
     Raises:
         DualmatchError: a setting that the bundle or the backend does not allow.
     """
+    if roofline and (rate is not None or split_behaviour(backend)[0] not in ON_CPU):
+        raise DualmatchError(
+            "a roofline is of single calls on the CPU: leave the rate out, and take a backend of the CPU."
+        )
     if rate is not None:
         plan = replace(plan or Plan(), tolerance=max((plan or Plan()).tolerance, SERVER_TOLERANCE))
     template = Case(
         bundle=path, encoder="image", backend=backend, run=run, threads=threads, length=length, scenario="single-stream" if rate is None else "server",
-        plan=plan or Plan(), rate=rate or 0.0, workers=workers, data=data, seed=seed,
+        plan=plan or Plan(), rate=rate or 0.0, workers=workers, data=data, seed=seed, counted=roofline,
     )  # fmt: skip
     return _report(template, batches, progress)
 
@@ -113,6 +124,12 @@ def _report(template: Case, batches: Sequence[int], progress: Progress | None) -
         if progress is not None:
             progress(f"measuring {case.encoder}, batch {case.batch}", number, len(cases))
         results.append(measure_in_process(case))
+    roofs: Roofs | None = None
+    if template.counted:
+        if progress is not None:
+            progress("measuring roofs", len(cases), len(cases))
+        with Worker(replace(template, backend=NULL, data=None)) as worker:
+            roofs = worker.call("roofs")
     subject = {
         "bundle": str(template.bundle),
         "bundle_hash": bundle.hash,
@@ -128,5 +145,9 @@ def _report(template: Case, batches: Sequence[int], progress: Progress | None) -
         "seed": template.seed,
     }
     return LatencyReport(
-        environment=before | {"after": changing_state()}, cases=results, plan=template.plan, subject=subject
+        environment=before | {"after": changing_state()},
+        cases=results,
+        plan=template.plan,
+        subject=subject,
+        roofs=roofs,
     )

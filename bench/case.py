@@ -18,12 +18,16 @@ from .feeds import random_feeds
 from .latency import null_overhead
 from .measure import WINDOWS_PER_BUDGET, Clock, Measurement, Nanoseconds, Plan, Samples, measure, run_window, timed
 from .offline import offline
+from .operations import Work, count_work
 from .result import CaseResult, Scenario
+from .roofs import Roofs, measure_roofs
 from .server import serve
 from .stages import LEAST_ITEMS, graph_stages, measure_stages, preparing_stages, sample_items
 
 TORCH = {"torch-eager": False, "torch-compile": True}
 """Backends that run a trained run's own modules: whether they are compiled."""
+ON_CPU = frozenset(("onnxruntime", "openvino", *TORCH))
+"""Backends that the roofs of the CPU hold for."""
 LIBRARY = 8  # different batches that offline mode takes in turn
 STAGES_SHARE = 0.3
 
@@ -40,6 +44,7 @@ class Case:
         workers: requests in work at the same time (server), or streams (offline).
         data: where photographs and captions for the stages come from; None leaves the stages out.
         end_to_end: offline calls take photographs and captions, not tensors.
+        counted: count the work of a call too, where the backend runs on the CPU.
         seed: of random inputs and of the Poisson schedule.
     """
 
@@ -56,6 +61,7 @@ class Case:
     workers: int = 1
     data: str | None = None
     end_to_end: bool = False
+    counted: bool = False
     seed: int = 0
 
 
@@ -69,6 +75,14 @@ def checked_backend(case: Case) -> None:
         )
     if name in TORCH and case.run is None:
         raise DualmatchError(f"backend {case.backend!r} runs a trained run in torch: give its folder with --run RUN.")
+
+
+def work_of_backend(backend: str, work: Work) -> Work | None:
+    """What a backend does of a graph's work: torch computes in float32 whatever the bundle's precision; None off the CPU."""
+    name = split_behaviour(backend)[0]
+    if name not in ON_CPU:
+        return None
+    return work.in_float32() if name in TORCH else work
 
 
 def open_case(case: Case, bundle: Bundle) -> Session:
@@ -159,6 +173,18 @@ class Bench:
 
         return measured_recall(self.case, self.bundle, data, splits)
 
+    def work(self) -> Work:
+        """The work of one call, counted from the bundle's graph.
+
+        Raises:
+            DualmatchError: as `count_work`.
+        """
+        return count_work(self.bundle.graph(self.case.encoder), self.feeds, threads=self.case.threads)
+
+    def roofs(self) -> Roofs:
+        """What the CPU can do at the case's threads."""
+        return measure_roofs(self.case.threads)
+
     def result(self) -> CaseResult:
         """Measure the case's scenario."""
         case, plan = self.case, self.case.plan
@@ -190,6 +216,7 @@ class Bench:
             stages=stages,
             device_memory_bytes=None if device is None else device - (self.device_before or 0),
             ended_ns=time.time_ns(),
+            work=work_of_backend(case.backend, self.work()) if case.counted else None,
         )
 
     def _warmed(self, plan: Plan) -> Measurement:

@@ -5,7 +5,7 @@ runs: a drift of the machine meets all of them alike and drops out of the ratios
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from dualmatch.runtime.errors import DualmatchError
 
 from .case import Case
 from .measure import Nanoseconds, Percentile, Samples
+from .operations import Work
 from .worker import Worker
 
 RESAMPLES = 2000
@@ -45,6 +46,7 @@ class VariantResult:
         blocks: latencies in ns of each block, two a round, in the order measured.
         warmed_up: whether its warm-up settled.
         recall: of the whole variant, as `Recall.to_json`; None where there is none.
+        work: of one call; None where it could not be counted.
     """
 
     label: str
@@ -55,6 +57,7 @@ class VariantResult:
     warmed_up: bool
     load_ns: int
     recall: Mapping[str, Any] | None = None
+    work: Work | None = None
 
     @property
     def round_medians(self) -> Points:
@@ -101,7 +104,8 @@ class Variant:
 
     label: str
     case: Case
-    recall: Mapping[str, Any] | None = field(default=None)
+    recall: Mapping[str, Any] | None = None
+    work: Work | None = None
 
 
 def compare(
@@ -148,6 +152,7 @@ def compare(
             warmed_up=warm,
             load_ns=fact["load_ns"],
             recall=variant.recall,
+            work=variant.work,
         )
         for variant, fact, own, warm in zip(variants, facts, blocks, warmed, strict=True)
     ]

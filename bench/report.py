@@ -15,6 +15,8 @@ from dualmatch.runtime.files import write_atomically
 from .aiperf import csv_text, profile_export, record_lines
 from .measure import Plan
 from .result import CaseResult
+from .roofline import Roofline
+from .roofs import Roofs
 
 SCHEMA = {"name": "dualmatch.bench.latency", "version": 2}
 
@@ -28,12 +30,20 @@ class LatencyReport:
         cases: in the order measured.
         plan: the plan that every case was measured by.
         subject: what was measured and how it was set: bundle, hash, precision, threads…, ready for JSON.
+        roofs: of this machine, where they were asked for.
     """
 
     environment: Mapping[str, Any]
     cases: Sequence[CaseResult]
     plan: Plan = field(default_factory=Plan)
     subject: Mapping[str, Any] = field(default_factory=dict)
+    roofs: Roofs | None = None
+
+    def roofline(self, case: CaseResult) -> Roofline | None:
+        """How near a case's median comes to the roofs, where they were measured."""
+        if self.roofs is None or case.work is None:
+            return None
+        return Roofline(work=case.work, roofs=self.roofs, seconds=float(np.median(case.raw)) / 1e9)
 
     @property
     def stable(self) -> bool:
@@ -42,7 +52,7 @@ class LatencyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Each case's metrics in AIPerf's schema, beside the case, the plan, the subject and the environment."""
-        return {
+        report: dict[str, Any] = {
             "schema": dict(SCHEMA),
             "subject": dict(self.subject),
             "environment": dict(self.environment),
@@ -50,6 +60,12 @@ class LatencyReport:
             "stable": self.stable,
             "cases": [case.to_json() for case in self.cases],
         }
+        if self.roofs is not None:
+            report["roofs"] = self.roofs.to_json()
+            for case, values in zip(self.cases, report["cases"], strict=True):
+                found = self.roofline(case)
+                values["roofline"] = None if found is None else found.to_json()
+        return report
 
     def sample_lines(self) -> Iterator[str]:
         """Every raw latency as a JSON line, in the order taken: case (index into `cases`), phase, latency in ns.

@@ -1,6 +1,7 @@
 """A report as a table that fits 80 columns."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
@@ -8,7 +9,11 @@ from rich.text import Text
 
 from .measure import TABLE_QUANTILES, samples_needed
 from .result import CaseResult
+from .roofline import roofs_line
 from .stages import END_TO_END
+
+if TYPE_CHECKING:
+    from .report import LatencyReport
 
 TITLES = {
     "single-stream": "Latency, single stream",
@@ -114,11 +119,30 @@ def stages_table(cases: Sequence[CaseResult]) -> Table:
     return table
 
 
-def tables(cases: Sequence[CaseResult]) -> Group:
+def roofline_table(report: "LatencyReport") -> Table:
+    """Of each case the work of a call, and how much of the machine's roofs its median reaches."""
+    assert report.roofs is not None
+    table = _table("Roofline", f"{roofs_line(report.roofs)}. MB: the least that must move.")
+    table.add_column("encoder", overflow="fold")
+    for header in ("batch", "G operations", "MB", "GEMM", "copy"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for case in report.cases:
+        found, cells = report.roofline(case), ["-"] * 4
+        if found is not None:
+            cells = [format_number(found.work.matrix / 1e9), format_number(found.work.least_bytes / 1e6)]
+            cells += [f"{found.gemm_percent:.0f} %", f"{found.copy_percent:.0f} %"]
+        table.add_row(case.encoder, str(case.batch), *cells)
+    return table
+
+
+def tables(report: "LatencyReport") -> Group:
     """All that a terminal shows of a report."""
+    cases = report.cases
     shown: list[Table | Text] = [latency_table(cases), Text(), intervals_table(cases)]
     if any(case.stages for case in cases):
         shown += [Text(), stages_table(cases)]
+    if report.roofs is not None:
+        shown += [Text(), roofline_table(report)]
     return Group(*shown)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from .aiperf import Block, record_metric, value_metric
 from .measure import QUANTILES, Measurement, Nanoseconds, Samples
 from .offline import OfflineMeasurement
+from .operations import Work
 from .server import ServerMeasurement
 
 Scenario = Literal["single-stream", "server", "offline"]
@@ -26,6 +27,7 @@ class CaseResult:
         peak_memory_bytes: largest resident set of the process up to the end of this case.
         device_memory_bytes: memory of the GPUs in use at the end, less what was in use before loading; None without a GPU.
         ended_ns: when the case was over, ns since 1970.
+        work: of one call; None where it was not counted.
     """
 
     encoder: str
@@ -44,6 +46,7 @@ class CaseResult:
     stages: Mapping[str, Samples] = field(default_factory=dict)
     device_memory_bytes: int | None = None
     ended_ns: int = 0
+    work: Work | None = None
 
     @property
     def name(self) -> str:

@@ -94,7 +94,7 @@ def finish(
     else:
         from rich.console import Console
 
-        Console().print(tables(report.cases))
+        Console().print(tables(report))
         for path, what in ((out, "report"), (samples, "samples"), (csv, "metrics"), (aiperf, "AIPerf's files")):
             if path is not None:
                 click.echo(f"{path}: {what} written")

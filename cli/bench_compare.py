@@ -45,7 +45,10 @@ from .common import (
 @click.option("--out", type=existing, metavar="FILE", help="Write the report as JSON.")
 @click.option("--samples", type=existing, metavar="FILE", help="Write every sample as JSON lines.")
 @click.option(
-    "--pictures", type=existing, metavar="DIR", help="Write a Pareto picture (SVG) for every encoder and batch size."
+    "--pictures",
+    type=existing,
+    metavar="DIR",
+    help="Write SVGs: speed beside recall, and the roofline of each encoder.",
 )
 @click.option("--baseline", type=existing, metavar="FILE", help="Compare with an earlier report of this command.")
 @click.option(
@@ -80,7 +83,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Compare BUNDLEs on backends, interleaved (A B B A); the first bundle on the first backend is the reference."""
-    from dualmatch.bench.bundle_compare import against_baseline, compare_bundles
+    from dualmatch.bench.baseline import against_baseline
+    from dualmatch.bench.bundle_compare import compare_bundles
     from dualmatch.runtime.errors import DualmatchError
     from dualmatch.runtime.files import write_atomically
 

@@ -32,6 +32,9 @@ from .common import existing, progress_reports
     help="Photographs and captions to time the stages on.",
 )
 @click.option("--no-stages", is_flag=True, help="Time the graphs only, not decoding, pre-processing and tokenising.")
+@click.option(
+    "--roofline", is_flag=True, help="Hold each case against the machine's GEMM and copy rates, measured too."
+)
 @timing_options
 def command(
     bundle: Path,
@@ -47,6 +50,7 @@ def command(
     data: str,
     *,
     no_stages: bool,
+    roofline: bool,
     **files: Any,
 ) -> None:
     """Latency of both encoders of BUNDLE: load, first run and steady state apart, each case in a fresh process.
@@ -75,6 +79,7 @@ def command(
             data=None if no_stages else data,
             seed=seed,
             run=run,
+            roofline=roofline,
             progress=progress,
         )
     finish(report, **files)

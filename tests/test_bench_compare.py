@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualmatch.bench import compare as compare_module
-from dualmatch.bench.bundle_compare import against_baseline
+from dualmatch.bench.baseline import against_baseline
 from dualmatch.bench.case import Bench, Case
 from dualmatch.bench.compare import Variant, compare, ratio
 from dualmatch.bench.pareto import front, picture

@@ -80,6 +80,7 @@ ALSO = {
     "runtime/region_readers.py": {"h5py"},
     "training/treebank.py": {"nltk"},
     "bench/device.py": {"pynvml"},
+    "bench/operations.py": {"onnxruntime"},
     "bench/environment.py": {"onnxruntime", "torch", "cuda"},
     "bench/torch_baseline.py": {"torch", "training"},
     "bench/encode_loader.py": {"torch"},

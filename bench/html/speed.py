@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dualmatch.bench import pareto
+from dualmatch.bench import pareto, roofline
 from dualmatch.bench.measure import Nanoseconds
 from dualmatch.bench.report_table import format_number
 from dualmatch.runtime.page import Markup, shown, table
-from dualmatch.runtime.plot import Axis, Row, Series, chart, rows, tone_of
+from dualmatch.runtime.plot import Axis, Row, rows, tone_of
 
 from .found import Findings, FoundReport, Values
 from .parts import Section, figure
@@ -200,37 +200,14 @@ def _roof_words(roofs: Values) -> str:
 
 
 def _roofline(encoder: str, cases: Sequence[Values], roofs: Values) -> Markup:
-    copy = roofs["copy"]["avg"]
-    at = [case["roofline"]["intensity"] for case in cases]
-    ridges = [block["avg"] / copy for block in roofs["gemm"].values()]
-    low, high = min(*at, *ridges) / 3, max(*at, *ridges) * 3
-    series = [
-        Series(
-            label=f"roof: {name} product, copy",
-            points=[(low, low * copy / 1e9), (block["avg"] / copy, block["avg"] / 1e9), (high, block["avg"] / 1e9)],
-            kind="dashed" if number else "line",
-            tone=6,
-        )
-        for number, (name, block) in enumerate(roofs["gemm"].items())
-    ]
     cells = []
     for number, case in enumerate(cases):
         one, label = case["roofline"], f"{case['label']}, batch {case['batch']}"
-        point = (one["intensity"], one["achieved"]["operations_per_s"] / 1e9)
-        series.append(
-            Series(
-                label=f"{number + 1}: {label}",
-                points=[point],
-                kind="points",
-                tone=tone_of(number),
-                names=(str(number + 1),),
-            )
-        )
         cells.append((
-            str(number + 1), label, f"{one['intensity']:.1f}", f"{point[1]:.1f}", f"{one['percent']['gemm']:.0f}",
-            f"{one['percent']['copy']:.0f}", "arithmetic" if one["bound"] == "gemm" else "memory",
+            str(number + 1), label, f"{one['intensity']:.1f}", f"{one['achieved']['operations_per_s'] / 1e9:.1f}",
+            f"{one['percent']['gemm']:.0f}", f"{one['percent']['copy']:.0f}", "arithmetic" if one["bound"] == "gemm" else "memory",
         ))  # fmt: skip
     title = f"{encoder} encoder against the roofs of this machine"
-    x, y = Axis(label="operations per byte", log=True), Axis(label="Gop/s", log=True)
+    drawn = roofline.plot(title, roofs, [(cell[1], case["roofline"]) for cell, case in zip(cells, cases, strict=True)])
     heads = ("", "variant", "operations per byte", "Gop/s", "% of product", "% of copy", "nearer roof")
-    return figure(chart(title, series, x, y), table(heads, cells), heading=title)
+    return figure(drawn, table(heads, cells), heading=title)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,22 +55,36 @@ class Session(ABC):
         self._check_feeds(feeds)
         results = self._run(feeds)
         for name, value in results.items():
-            if not np.isfinite(value).all():
+            if not np.logical_and.reduce(np.isfinite(value), axis=None):  # `.all()` goes through Python
                 raise NotFiniteError(f"{self.backend} ({self.provider}): output {name!r} holds NaN or infinity.")
         return results
 
-    def _check_feeds(self, feeds: Mapping[str, Array]) -> None:
-        expected = {spec.name for spec in self.inputs}
-        if set(feeds) != expected:
-            raise DualmatchError(f"the graph takes inputs {sorted(expected)}, got {sorted(feeds)}.")
-        for spec in self.inputs:
-            value = feeds[spec.name]
-            fits = value.ndim == len(spec.shape) and all(
-                isinstance(want, str) or want == got for want, got in zip(spec.shape, value.shape, strict=True)
+    @cached_property
+    def _wanted(self) -> dict[str, tuple[np.dtype[Any], int, tuple[tuple[int, int], ...]]]:
+        """For each input its dtype, its rank and its fixed axes with their sizes: worked out once, looked at in every call."""
+        return {
+            spec.name: (
+                np.dtype(spec.dtype),
+                len(spec.shape),
+                tuple((axis, size) for axis, size in enumerate(spec.shape) if isinstance(size, int)),
             )
-            if value.dtype != np.dtype(spec.dtype) or not fits:
+            for spec in self.inputs
+        }
+
+    def _check_feeds(self, feeds: Mapping[str, Array]) -> None:
+        wanted = self._wanted
+        if feeds.keys() != wanted.keys():
+            raise DualmatchError(f"the graph takes inputs {sorted(wanted)}, got {sorted(feeds)}.")
+        for name, (dtype, rank, fixed) in wanted.items():
+            value = feeds[name]
+            shape = value.shape
+            fits = value.dtype == dtype and len(shape) == rank
+            for axis, size in fixed:
+                fits = fits and shape[axis] == size
+            if not fits:
+                (spec,) = (spec for spec in self.inputs if spec.name == name)
                 raise DualmatchError(
-                    f"input {spec.name!r} must be {spec.dtype} {list(spec.shape)}, got {value.dtype} {list(value.shape)}."
+                    f"input {name!r} must be {spec.dtype} {list(spec.shape)}, got {value.dtype} {list(shape)}."
                 )
 
     @abstractmethod

@@ -110,17 +110,17 @@ class OnnxruntimeSession(Session):
             for o in self._session.get_outputs()
             if o.name not in leave_out
         )
+        self._names = [spec.name for spec in self.outputs]
         self._device = "cuda" if on_gpu else None
         self._own = threading.local()
         self._stickiness = Stickiness()
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         self._stickiness.check()
-        names = [spec.name for spec in self.outputs]
         try:
             if self._device is not None:
-                return dict(zip(names, self._bound(self._device).run(feeds), strict=True))
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+                return dict(zip(self._names, self._bound(self._device).run(feeds), strict=True))
+            return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
         except Exception as error:  # noqa: BLE001  (see above)
             reason = f"onnxruntime cannot run the graph on {self.provider}: {error}"
             # Its CUDA errors come as text. All but too little memory leave the process without a working CUDA context.
