@@ -81,21 +81,16 @@ class VariantResult:
 def ratio(variant: Points, reference: Points, *, confidence: float = 0.95, seed: int = 0) -> Ratio:
     """How many times as fast `variant` is, from the medians of the same rounds, with a bootstrap interval over rounds.
 
-    Rounds are drawn in pairs, so what slowed down both in a round cancels. The value is the geometric mean over rounds.
+    Rounds are drawn in pairs, so what slowed down both in a round cancels. The value is the median over rounds: a round that something
+    else disturbed for one variant alone would pull a mean with it, and a second run would not repeat that.
 
     Args:
         variant, reference: (rounds,) ns.
     """
     logs = np.log(reference / variant)
     drawn = np.random.default_rng(seed).integers(len(logs), size=(RESAMPLES, len(logs)))
-    low, high = np.quantile(logs[drawn].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    # Few rounds make a bootstrap too narrow, by (n - 1) / n in the variance.
-    middle, widen = float(logs.mean()), float(np.sqrt(len(logs) / (len(logs) - 1)))
-    return Ratio(
-        value=float(np.exp(middle)),
-        low=float(np.exp(middle + (low - middle) * widen)),
-        high=float(np.exp(middle + (high - middle) * widen)),
-    )
+    low, high = np.quantile(np.median(logs[drawn], axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Ratio(value=float(np.exp(np.median(logs))), low=float(np.exp(low)), high=float(np.exp(high)))
 
 
 @dataclass(frozen=True, kw_only=True)

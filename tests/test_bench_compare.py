@@ -49,6 +49,22 @@ def test_the_ratios_interval_covers_the_truth() -> None:
     assert np.mean(same) >= 0.88
 
 
+def test_two_runs_agree_although_something_else_took_a_third_of_the_rounds() -> None:
+    generator = np.random.default_rng(2)
+
+    def run():
+        noise = generator.lognormal(0, 0.02, (2, 10)) + (generator.random((2, 10)) < 0.3) * generator.exponential(
+            1, (2, 10)
+        )
+        return ratio(5 * MS * noise[0], 10 * MS * noise[1])
+
+    pairs = [(run(), run()) for _ in range(200)]
+    assert np.mean([a.low <= b.high and b.low <= a.high for a, b in pairs]) >= 0.97
+    assert np.mean([a.low <= 2 <= a.high for a, _ in pairs]) >= 0.88
+    # Half of all pairs of means would lie more than 15 % apart.
+    assert np.median([abs(np.log(a.value / b.value)) for a, b in pairs]) < 0.05
+
+
 def test_variants_take_turns_that_read_the_same_backwards(monkeypatch) -> None:
     order = []
 
