@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SERVER_TOLERANCE = 0.15
 """Medians of a queue vary more than those of a closed loop: a window holds few independent busy periods."""
 
+WHOLE_BUDGET = 10**9
+"""Samples that no open loop collects. What it is there to show, a rare stall, a run misses that ends as soon as p99 is earned."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -76,7 +79,8 @@ def bench_latency(
             "a roofline is of single calls on the CPU: leave the rate out, and take a backend of the CPU."
         )
     if rate is not None:
-        plan = replace(plan or Plan(), tolerance=max((plan or Plan()).tolerance, SERVER_TOLERANCE))
+        tolerance = max((plan or Plan()).tolerance, SERVER_TOLERANCE)
+        plan = replace(plan or Plan(), tolerance=tolerance, wanted_samples=WHOLE_BUDGET)
     template = Case(
         bundle=path, encoder="image", backend=backend, run=run, threads=threads, length=length, scenario="single-stream" if rate is None else "server",
         plan=plan or Plan(), rate=rate or 0.0, workers=workers, data=data, seed=seed, counted=roofline,

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from dualmatch.bench import device
+from dualmatch.bench import bundle_latency, device
 from dualmatch.bench.aiperf import record_metric
 from dualmatch.bench.case import Bench, Case
 from dualmatch.bench.feeds import random_feeds
@@ -371,3 +371,19 @@ def test_device_memory_is_summed_over_gpus_or_none(monkeypatch) -> None:
 
     monkeypatch.setattr(Nvml, "nvmlInit", no_driver)
     assert device.device_memory_bytes() is None
+
+
+@pytest.mark.parametrize(("rate", "whole"), [(None, False), (150.0, True)])
+def test_only_the_open_loop_spends_its_whole_budget(rate, whole, small_bundle, monkeypatch) -> None:
+    plans = []
+
+    def measured(case):
+        plans.append(case.plan)
+        raise DualmatchError("seen")
+
+    monkeypatch.setattr(bundle_latency, "measure_in_process", measured)
+    with pytest.raises(DualmatchError, match="seen"):
+        bundle_latency.bench_latency(small_bundle, rate=rate, plan=Plan(budget_s=12))
+    requests = 150 * 12  # the most that such a run can have: a stall in a thousand is among them
+    assert (plans[0].wanted_samples > requests) is whole
+    assert plans[0].budget_s == 12
