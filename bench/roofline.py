@@ -109,7 +109,7 @@ def plot(title: str, roofs: Mapping[str, Any], points: Sequence[tuple[str, Mappi
     ]
     series += [
         Series(
-            label=f"{number + 1}  {label}",
+            label=f"{number + 1}: {label}",
             points=[(point["intensity"], point["achieved"]["operations_per_s"] / 1e9)],
             kind="points",
             tone=tone_of(number),
