@@ -83,13 +83,13 @@ class _Steps:
 
 def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps, progress: Progress) -> Any:
     from dualmatch.bench.bundle_latency import bench_latency
+    from dualmatch.bench.bundle_recall import encoded_bundles, recall_report
     from dualmatch.bench.html.report import write_report
     from dualmatch.bench.measure import Plan
     from dualmatch.runtime.bundle import load_bundle
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.runtime.encode import encode_gallery
     from dualmatch.runtime.errors import DualmatchError
-    from dualmatch.runtime.evaluate import evaluate_bundles
     from dualmatch.runtime.verify import verify
     from dualmatch.training.evaluation import evaluate_run
 
@@ -113,8 +113,13 @@ def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps
     with steps.step("search"):
         steps.result = _search(out, bundle, test)
     with steps.step("evaluate the bundle"):
-        recall = evaluate_bundles([bundle], test)
-        relation, setting = (_told_apart(bundle, test, what) for what in ("relation", "setting"))
+        report = recall_report(encoded_bundles([bundle], test), test)
+        report.write(out / "recall.json")
+        recall = report.rows[0].recall
+        relation, setting = (
+            next(pair["captions"]["value"] for pair in report.pairs if pair["differs"] == what)
+            for what in ("relation", "setting")
+        )
         steps.result = (
             f"Rsum {recall.rsum:.1f} ({recall.rsum - torch_recall.rsum:+.2f} to torch); hard pairs told apart: "
             f"by relation {relation:.0f} %, by setting {setting:.0f} % (chance: 50 %)"
@@ -125,12 +130,12 @@ def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps
         if found.decision.verdict != "pass":
             raise DualmatchError(f"the demo's bundle does not retrieve as torch does: {found.decision.reason}.")
     with steps.step("bench latency"):
-        report = bench_latency(out / "bundle", batches=(1, 32), plan=Plan(budget_s=2.0))
-        report.write(out / "latency.json", samples=out / "latency-samples.jsonl")
+        latency = bench_latency(out / "bundle", batches=(1, 32), plan=Plan(budget_s=2.0))
+        latency.write(out / "latency.json", samples=out / "latency-samples.jsonl")
         steps.result = f"{out / 'latency.json'}, table above"
     with steps.step("report"):
         steps.result = f"{write_report(out, dataset=test).path}: open it in a browser"
-    return report.table()
+    return latency.table()
 
 
 def _train(run: Path, recipe: str, overrides: tuple[str, ...], scenes: "Dataset", progress: Progress) -> str:
@@ -209,21 +214,3 @@ def _search(out: Path, bundle: "Bundle", test: "Dataset") -> str:
     for suffix in (".html", ".png"):
         search_sheet(searches, out / f"search{suffix}", title="dualmatch demo", note=note)
     return f'"{searches[0].query}": {out / "search.html"} and .png; right scene first in {first_right} of {len(searches)} searches'
-
-
-def _told_apart(bundle: "Bundle", test: "Dataset", what: str) -> float:
-    """Share, in percent, of captions that score higher on their own scene than on its partner, which differs only in `what`."""
-    import numpy as np
-
-    from dualmatch.runtime.encoders import ImageEncoder, TextEncoder
-
-    items = [item for item in test.items if dict(item.tags)["differs"] == what]
-    row_of = {item.id: row for row, item in enumerate(items)}
-    with ImageEncoder(bundle) as images, TextEncoder(bundle) as texts:
-        embedded = images.encode([item.read_bytes() for item in items])
-        captions = texts.encode([caption for item in items for caption in item.captions])
-    own = np.repeat(np.arange(len(items)), [len(item.captions) for item in items])
-    partner = np.array([row_of[dict(item.tags)["pair"]] for item in items])[own]
-    similarity = embedded @ captions.T
-    each = np.arange(len(own))
-    return float(100 * (similarity[own, each] > similarity[partner, each]).mean())

@@ -57,7 +57,7 @@ def dualmatch(*arguments: object) -> Finished:
 
 @dataclass(frozen=True)
 class DemoFolder:
-    """What `dualmatch demo` left: run/, bundle/, photos/, gallery/, search.html, search.png, latency.json."""
+    """What `dualmatch demo` left: run/, bundle/, photos/, gallery/, search.html, search.png, recall.json, latency.json."""
 
     root: Path
     output: str

@@ -27,6 +27,9 @@ def test_it_leaves_a_run_a_bundle_a_gallery_and_the_sheet(demo):
     assert Image.open(demo.root / "search.png").width > 200
     page = (demo.root / "search.html").read_text()
     assert page.count("data:image/") >= 20, "four searches of five hits, pictures inside"
+    recall = json.loads((demo.root / "recall.json").read_text())
+    assert recall["subject"]["models"][0]["bundle"] == bundle.hash
+    assert [row["differs"] for row in recall["hard_pairs"]] == ["relation", "setting"]
     latency = json.loads((demo.root / "latency.json").read_text())
     assert latency["subject"]["bundle_hash"] == bundle.hash
 
