@@ -60,6 +60,11 @@ class Evaluation:
         return {"source": self.source, "data": dict(self.data), "models": [dict(one) for one in self.models], **recall}
 
 
+def named(model: JSON, recipe: str) -> dict[str, Any]:
+    """A model (see `runtime.subject`) that belongs to the row of `recipe` because the user says so."""
+    return {**model, "recipe": recipe, "changed": None, "calls_itself": model["recipe"]}
+
+
 def read_evaluations(path: Path, recipe: str | None = None) -> list[Evaluation]:
     """The recalls in a file of `runtime evaluate --json`, `evaluate-checkpoint --json` or `bench recall --out`.
 
@@ -72,7 +77,7 @@ def read_evaluations(path: Path, recipe: str | None = None) -> list[Evaluation]:
     content = read_json(path, "evaluation")
     try:
         subject = content.get("subject") or {}
-        models = [{**one, "recipe": recipe, "changed": None} if recipe else one for one in subject.get("models", ())]
+        models = [named(one, recipe) if recipe else one for one in subject.get("models", ())]
         if content.get("schema") == bundle_recall.SCHEMA:
             by_label = {one["label"]: one for one in models}
             found = [(row, [by_label[label] for label in row["models"]]) for row in content["rows"]]
@@ -228,6 +233,8 @@ def _place(one: Evaluation, rows: Sequence[Printed]) -> tuple[Printed | None, li
     notes = []
     if same[0].target["models"] == 0:
         notes.append("the paper does not say how many models")
+    if by_hand := [model["calls_itself"] for model in one.models if "calls_itself" in model]:
+        notes.append(f"put here by hand; it calls itself {' and '.join(dict.fromkeys(by_hand))}")
     if any(model.get("changed") is None for model in one.models):
         notes.append("whether options of the recipe were changed is not known")
     return same[0], notes

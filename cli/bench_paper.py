@@ -95,7 +95,7 @@ def _evaluated(
     """Every row of the bundles and runs, those of one recipe also together."""
     from dataclasses import replace
 
-    from dualmatch.bench.paper import evaluated
+    from dualmatch.bench.paper import evaluated, named
     from dualmatch.runtime.datasets import open_dataset
 
     from .common import region_file
@@ -108,6 +108,6 @@ def _evaluated(
         )
     by_recipe: dict[str, list[Any]] = {}
     for (recipe, _), model in zip(folders, encoded, strict=True):
-        told = replace(model, about={**model.about, "recipe": recipe, "changed": None}) if recipe else model
+        told = replace(model, about=named(model.about, recipe)) if recipe else model
         by_recipe.setdefault(told.about["recipe"], []).append(told)
     return [one for models in by_recipe.values() for one in evaluated(models, dataset)]
