@@ -80,10 +80,11 @@ def interval(losses: Points, *, paired: bool) -> tuple[float, float]:
 
     Args:
         losses: see `losses`.
-        paired: they are the loss from one ranking to another, most of them perhaps zero. Then one image more that lost a hit and one
-            that won a hit are resampled too, as in `bound`: where nothing changed among a few images, something still may.
+        paired: they are the loss from one ranking to another, most of them perhaps zero. Then one image more that lost a hit more than
+            the mean and one that lost a hit less are resampled too, akin to `bound`: where nothing changed among a few images, something
+            still may.
     """
-    extra = [_ONE_LOST_HIT, -_ONE_LOST_HIT] if paired else []
+    extra = [losses.mean() + _ONE_LOST_HIT, losses.mean() - _ONE_LOST_HIT] if paired else []
     sums = _resampled(losses.round(9)[:, None], np.array(extra).reshape(-1, 1))
     low, high = _quantiles(sums / len(losses))
     return float(low[0]), float(high[0])

@@ -74,6 +74,7 @@ def test_no_flip_among_few_images_is_not_yet_no_difference():
     assert low < -3
     assert high > 3
     assert bootstrap.interval(np.zeros(50), paired=False) == (0, 0)
+    assert bootstrap.interval(np.full(50, 350.0), paired=True) == pytest.approx((350 + low, 350 + high))
 
 
 # Rows.
