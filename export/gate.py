@@ -116,12 +116,15 @@ class Gate:
             checks.append({**feeds, **wanted})
         self.checks[name] = checks
 
-    def check(self, name: Name, path: Path, precision: str, tolerance: float) -> GraphCheck:
+    def check(
+        self, name: Name, path: Path, precision: str, tolerance: float, nodes_tolerance: float = 0.0
+    ) -> GraphCheck:
         """Take a graph's file through names, axes, shapes and values.
 
         Args:
             precision: of this graph; the stages call it `image fp16`.
             tolerance: largest absolute difference of a component to torch.
+            nodes_tolerance: the same of the nodes, where the graph gives them, as a share of their largest component.
 
         Returns:
             What was found, with the largest differences that were seen.
@@ -130,7 +133,8 @@ class Gate:
             GateRefusedError: a stage failed.
         """
         checks = self.checks[name]
-        found = check_in_fresh_process(path, _contract(name, checks, tolerance), checks, f"{name} {precision}")
+        contract = _contract(name, checks, tolerance, nodes_tolerance)
+        found = check_in_fresh_process(path, contract, checks, f"{name} {precision}")
         self.table.record(*found.stages)
         if failed := found.failed:
             self._refuse(f"{path.name} at {precision} {failed.found} (stage {failed.name})")
@@ -184,7 +188,7 @@ class Gate:
         raise GateRefusedError(f"{reason}.", verification)
 
 
-def _contract(name: Name, checks: Sequence[Check], tolerance: float) -> Contract:
+def _contract(name: Name, checks: Sequence[Check], tolerance: float, nodes_tolerance: float) -> Contract:
     """By the inputs that torch took and the embeddings that it gave."""
     inputs = [
         TensorSpec(
@@ -200,4 +204,4 @@ def _contract(name: Name, checks: Sequence[Check], tolerance: float) -> Contract
         for key, output in ((EMBEDDING, f"{name}_embedding"), (NODES, NODES_OUTPUT))
         if key in checks[0]
     ]
-    return Contract(inputs=tuple(inputs), outputs=tuple(outputs), tolerance=tolerance)
+    return Contract(inputs=tuple(inputs), outputs=tuple(outputs), tolerance=tolerance, nodes_tolerance=nodes_tolerance)

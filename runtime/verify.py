@@ -182,7 +182,12 @@ def _check(encoder: ImageEncoder | TextEncoder, name: EncoderName, reference: Re
     outputs = [type(output)(name=output.name, dtype=output.dtype, shape=("batch", manifest.embedding_dimension))]
     if isinstance(encoder, ImageEncoder) and encoder.nodes is not None:
         outputs.append(encoder.nodes.output)
-    contract = Contract(inputs=entry.inputs, outputs=tuple(outputs), tolerance=entry.tolerance)
+    contract = Contract(
+        inputs=entry.inputs,
+        outputs=tuple(outputs),
+        tolerance=entry.tolerance,
+        nodes_tolerance=0.0 if entry.nodes is None else entry.nodes.tolerance,
+    )
     return check_session(encoder.session, contract, reference.checks(name), f"{name} {entry.precision}")
 
 

@@ -494,7 +494,7 @@ def test_export_takes_the_option(small_run, tmp_path):
     done = dualmatch("export", small_run.folder, "--out", tmp_path / "b", "--fp16", "--attention", *LOOSE)
     assert done.code == 0, done.err
     nodes = load_bundle(tmp_path / "b").manifest.encoders["image"].nodes
-    assert 0 < nodes.measured <= nodes.tolerance == 5e-3
+    assert 0 < nodes.measured <= nodes.tolerance == 3e-2
     assert "image_nodes" in done.out
     verified = dualmatch("runtime", "verify", tmp_path / "b", "--data", small_run.data)
     assert "in image_nodes differ from torch by at most" in verified.out
