@@ -20,11 +20,8 @@ from .search import Query, embed
 from .sheet import HTML_THUMBNAIL, Hit
 
 PLACES: dict[NodeKind, str] = {"regional": "regions", "global": "grid"}
-OWN, TOWARDS_QUERY, TOWARDS_CAPTION = "looks at", "fits the query", "fits the caption"
-NOTE = (
-    f"“{OWN}”: regions and grid cells by their agreement with the photograph's own embedding, “{TOWARDS_QUERY}”: with the query's; "
-    "by rank, brighter is more."
-)
+OWN, TOWARDS_QUERY, TOWARDS_CAPTION = "looks at", "fits query", "fits caption"
+NOTE = f"“{OWN}”: places by agreement with the photograph's own embedding; “{TOWARDS_QUERY}”: with the query's. Brighter ranks higher."
 
 Looked = tuple[Image.Image, AttentionMaps]
 

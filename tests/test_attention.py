@@ -417,7 +417,7 @@ def test_search_draws_where_the_network_looks(galleries, photos, tmp_path):
     images = galleries / "images"
     done = dualmatch("runtime", "search", images, "--text", "a red car", "-k", 3, "--sheet", page, "--explain")
     assert done.code == 0, done.err
-    four = ["looks at: regions", "looks at: grid", "fits the query: regions", "fits the query: grid"]
+    four = ["looks at: regions", "looks at: grid", "fits query: regions", "fits query: grid"]
     assert labels(page) == 3 * four
     text = page.read_text()
     assert text.count("<img") == 3 * 5
@@ -440,7 +440,7 @@ def test_what_is_drawn_for_the_query_is_the_query_s(attentive, galleries, photos
         (vector,) = texts.encode(query.texts)
     photograph = ImageOps.contain(open_rgb(first.image), (HTML_THUMBNAIL, HTML_THUMBNAIL))
     pictures = dict(first.pictures)
-    for label, kind, towards in (("looks at: grid", "global", None), ("fits the query: regions", "regional", vector)):
+    for label, kind, towards in (("looks at: grid", "global", None), ("fits query: regions", "regional", vector)):
         wanted = overlay(photograph, found.heat(kind, vector=towards, size=photograph.size))
         assert pictures[label].size == wanted.size
         np.testing.assert_array_equal(np.asarray(pictures[label]), np.asarray(wanted))
@@ -452,7 +452,7 @@ def test_captions_found_for_a_photograph_are_shown_on_it(galleries, photos, tmp_
         "runtime", "search", galleries / "captions", "--image", photos[0], "-k", 2, "--sheet", page, "--explain"
     )
     assert done.code == 0, done.err
-    assert labels(page) == 2 * ["fits the caption: regions", "fits the caption: grid"]
+    assert labels(page) == 2 * ["fits caption: regions", "fits caption: grid"]
 
 
 def test_photographs_that_are_gone_are_named_and_the_others_drawn(attentive, galleries, photos):
