@@ -206,7 +206,7 @@ def _quantisation(manifest: Manifest) -> str:
         )
         paragraphs.append(
             f"The {name} encoder is int8: {facts['scheme']}. Ranges from {facts['calibration_items']} items of `{facts['calibration']['name']}`, "
-            f"clipped at the {facts['percentile']:g}th percentile. Of its {facts['layers']} layers {left_out}.\n\n"
+            f"clipped at the {facts['percentile']:g}th percentile{', loud channels smoothed' if facts.get('smoothed') else ''}. Of its {facts['layers']} layers {left_out}.\n\n"
         )
     return "".join(paragraphs)
 

@@ -104,17 +104,7 @@ class Gate:
         Raises:
             DualmatchError: torch itself gives NaN or infinity.
         """
-        checks: list[Check] = []
-        for feeds in batches:
-            with torch.inference_mode():
-                found = encoder(**{key: torch.from_numpy(value) for key, value in feeds.items()})
-            outputs = found if isinstance(encoder, WithNodes) else (found,)
-            wanted = {key: value.numpy() for key, value in zip((EMBEDDING, NODES), outputs, strict=False)}
-            if not all(np.isfinite(value).all() for value in wanted.values()):
-                shapes = {key: list(value.shape) for key, value in feeds.items()}
-                raise DualmatchError(f"torch gives NaN or infinity for inputs {shapes}.")
-            checks.append({**feeds, **wanted})
-        self.checks[name] = checks
+        self.checks[name] = _checks(encoder, batches)
 
     def check(
         self, name: Name, path: Path, precision: str, tolerance: float, nodes_tolerance: float = 0.0
@@ -186,6 +176,38 @@ class Gate:
             magnitudes=self.magnitudes,
         )
         raise GateRefusedError(f"{reason}.", verification)
+
+
+def check_graph(
+    name: Name, module: nn.Module, batches: Sequence[Inputs], path: Path, *, tolerance: float, graph: str
+) -> GraphCheck:
+    """Take one graph, in a fresh process, through names, axes, shapes and values against what torch gives on `batches`.
+
+    Args:
+        name: its output is `NAME_embedding`.
+        tolerance: largest absolute difference of a component to torch.
+        graph: what the stages call it.
+
+    Raises:
+        DualmatchError: torch itself gives NaN or infinity.
+    """
+    checks = _checks(module, batches)
+    return check_in_fresh_process(path, _contract(name, checks, tolerance, 0.0), checks, graph)  # it gives no nodes
+
+
+def _checks(module: nn.Module, batches: Sequence[Inputs]) -> list[Check]:
+    """Each batch with what torch gives for it."""
+    checks: list[Check] = []
+    for feeds in batches:
+        with torch.inference_mode():
+            found = module(**{key: torch.from_numpy(value) for key, value in feeds.items()})
+        outputs = found if isinstance(module, WithNodes) else (found,)
+        wanted = {key: value.numpy() for key, value in zip((EMBEDDING, NODES), outputs, strict=False)}
+        if not all(np.isfinite(value).all() for value in wanted.values()):
+            shapes = {key: list(value.shape) for key, value in feeds.items()}
+            raise DualmatchError(f"torch gives NaN or infinity for inputs {shapes}.")
+        checks.append({**feeds, **wanted})
+    return checks
 
 
 def _contract(name: Name, checks: Sequence[Check], tolerance: float, nodes_tolerance: float) -> Contract:

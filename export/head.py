@@ -1,12 +1,68 @@
 """DSRAN's image encoder without its trunk: the graph for who has the trunk's maps already, cached or from another service."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from dualmatch.models import ImageEncoder
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import refuse_existing
+from dualmatch.runtime.stages import GraphCheck
+
+from .gate import check_graph
+from .graph import export_encoder
+from .half import to_half
+
+# Largest difference of a component of a unit vector to torch.
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3}
+LEAST_IMAGES = 4
+
+
+def export_head(
+    encoder: ImageEncoder, inputs: Mapping[str, Tensor], path: Path, *, precision: str = "fp32"
+) -> GraphCheck:
+    """Write the head of an image encoder as one ONNX graph, if it gives torch's embeddings.
+
+    The graph is traced on three images and checked, in a fresh process, on one, on two and on all of `inputs`: names, axes, shapes,
+    values. It is no bundle, and recall is not compared: the whole encoder's export does that.
+
+    Args:
+        inputs: what the whole encoder takes, of at least `LEAST_IMAGES` real images: `pixels`, and regions where it reads them.
+        path: the `.onnx` file.
+        precision: "fp32" or "fp16".
+
+    Returns:
+        The stages with what each measured.
+
+    Raises:
+        DualmatchError: the file exists, too few images, another precision, or a stage failed; no file is left behind.
+    """
+    refuse_existing(path, "the head's graph")
+    if precision not in TOLERANCE:
+        raise DualmatchError(f"the head alone is exported at {' or '.join(TOLERANCE)}, not {precision!r}.")
+    count = len(next(iter(inputs.values())))
+    if count < LEAST_IMAGES:
+        raise DualmatchError(
+            f"the head is checked on shapes other than the traced one: at least {LEAST_IMAGES} images are needed, {count} are given."
+        )
+    head, given = ImageHead(encoder), head_inputs(encoder, inputs)
+    with TemporaryDirectory(dir=path.parent, prefix=".head-") as scratch:
+        written = Path(scratch) / path.name
+        model = export_encoder(
+            head, {name: value[:3] for name, value in given.items()}, written, output="image_embedding"
+        )
+        if precision == "fp16":
+            onnx.save(to_half(model), written)
+        batches = [{name: value[:batch].numpy() for name, value in given.items()} for batch in (1, 2, count)]
+        found = check_graph("image", head, batches, written, tolerance=TOLERANCE[precision], graph=f"head {precision}")
+        if failed := found.failed:
+            raise DualmatchError(f"the head's graph {failed.found} (stage {failed.name}); nothing was written.")
+        written.replace(path)
+    return found
 
 
 class ImageHead(nn.Module):

@@ -5,7 +5,7 @@ depends on the batch: an item's embedding is the same alone and in company.
 
 One choice differs between processors. onnxruntime drops a ReLU into an integer convolution only where the codes themselves end at 0,
 so tensors behind a ReLU are uint8 there and have all 256 codes. TensorRT takes int8 only: `for_engine` gives it the same network with
-the same ranges on half as many codes.
+the same ranges on half as many codes. Tables of words are written in two ways too (see `int8_tables`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dualmatch.runtime.errors import DualmatchError
 
+from .int8_tables import is_table, lookup
+
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 # What passes values on unchanged, so that a tensor behind it is as free of negative values as the one before.
 _MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
@@ -26,14 +28,14 @@ _SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """An operator that can be quantised: a product with constant weights, or the sum that ends a residual branch.
+    """An operator that can be quantised: a product with constant weights, the sum that ends a residual branch, or a table of words.
 
     Attributes:
         name: the operator's name in the graph.
         operator: its type.
-        activations: the float tensors that flow in.
-        weight: the constant that it multiplies with, or none for a sum.
-        channel_axis: the weight's axis of output channels.
+        activations: the float tensors that flow in; none into a table.
+        weight: the constant that it multiplies with or looks rows up in, or none for a sum.
+        channel_axis: the weight's axis of output channels, or of words.
     """
 
     name: str
@@ -47,8 +49,8 @@ def layers_of(model: onnx.ModelProto) -> list[Layer]:
     """What `to_int8` quantises, in the graph's order.
 
     Convolutions, products and linear layers with constant weights; and sums of two convolutions' branches, so that a residual network
-    stays in integers from one block to the next. Attention's own products, recurrent layers, embeddings and everything with a sum of
-    squares or exponentials stay float32.
+    stays in integers from one block to the next; and large tables of word embeddings, whose rows are float32 again once looked up.
+    Attention's own products, recurrent layers and everything with a sum of squares or exponentials stay float32.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     maker = {name: node for node in model.graph.node for name in node.output}
@@ -76,6 +78,8 @@ def layers_of(model: onnx.ModelProto) -> list[Layer]:
             )
         elif _adds_convolutions(node, maker) and not any(name in weights for name in node.input):
             found.append(Layer(name=node.name, operator="Add", activations=tuple(node.input)))
+        elif is_table(node, weights):
+            found.append(Layer(name=node.name, operator="Gather", activations=(), weight=node.input[0]))
     assert len({layer.name for layer in found}) == len(found)
     return found
 
@@ -121,6 +125,11 @@ def unsigned_tensors(model: onnx.ModelProto) -> dict[str, float]:
     return found
 
 
+def engines_differ(model: onnx.ModelProto) -> bool:
+    """Whether `to_int8` writes another graph for TensorRT than for onnxruntime."""
+    return bool(unsigned_tensors(model)) or any(layer.operator == "Gather" for layer in layers_of(model))
+
+
 def _adds_convolutions(node: onnx.NodeProto, maker: Mapping[str, onnx.NodeProto]) -> bool:
     return node.op_type == "Add" and any(name in maker and maker[name].op_type == "Conv" for name in node.input)
 
@@ -163,7 +172,11 @@ class _Writer:
         for node in self.model.graph.node:
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
-            if (layer := layers.get(node.name)) is not None:
+            layer = layers.get(node.name)
+            if layer is not None and layer.operator == "Gather":
+                self._table(node)
+                continue
+            if layer is not None:
                 for index, name in enumerate(layer.activations):
                     copied.input[index] = self._activation(name, shared=node.op_type in ("Conv", "Add"))
                 if layer.weight is not None:
@@ -213,12 +226,21 @@ class _Writer:
         ]
         return output
 
+    def _table(self, node: onnx.NodeProto) -> None:
+        nodes, constants = lookup(node, *self._codes(node.input[0], 0), for_engine=self.for_engine)
+        self.nodes += nodes
+        for name, value in constants.items():
+            self._constant(name, value)
+
+    def _codes(self, name: str, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        values = numpy_helper.to_array(self.weights[name])
+        if not np.isfinite(values).all():
+            raise DualmatchError(f"weight {name!r} holds NaN or infinity; there is nothing to quantise.")
+        return quantised_weight(values, axis)
+
     def _weight(self, name: str, axis: int, user: str) -> str:
         if f"{name}.codes" not in self.new:
-            values = numpy_helper.to_array(self.weights[name])
-            if not np.isfinite(values).all():
-                raise DualmatchError(f"weight {name!r} holds NaN or infinity; there is nothing to quantise.")
-            codes, scales = quantised_weight(values, axis)
+            codes, scales = self._codes(name, axis)
             self._constant(f"{name}.codes", codes)
             self._constant(f"{name}.scale", scales)
             self._constant(f"{name}.zero", np.zeros(len(scales), dtype=np.int8))

@@ -73,6 +73,13 @@ class Int8Export:
             raise DualmatchError(
                 f"int8 cannot be decided on these pairs even if nothing were lost: {unchanged.reason} (or --unverified)."
             )
+        self._batches = {
+            name: [slice(start, min(start + step, count)) for start in range(0, count, step)]
+            for name, count, step in (
+                ("image", len(images), _BATCH),
+                ("text", len(captions), run.caption_batch),
+            )
+        }
         self.data = {"name": calibration.name, "splits": list(calibration.splits)}
         self._feeds: dict[str, list[Feeds]] = {
             "image": [self._inputs([item]) for item in _spread(calibration.items, NUM_IMAGES)],
@@ -101,7 +108,7 @@ class Int8Export:
             progress=self._progress,
         )
         if result is None:
-            self._progress(f"the {name} encoder has no product with constant weights: it stays in float32", 0, 0)
+            self._progress(f"the {name} encoder has nothing that int8 serves: it stays in float32", 0, 0)
             return None
         if name == "image":
             self._settled = passed
@@ -132,20 +139,22 @@ class Int8Export:
         """Embeddings of all the gate's images or captions; a refusal as soon as one is below the cosine's floor."""
         items, texts, floor = self._dataset.items, self._dataset.captions, self._tolerances.worst_cosine
         wanted, what = (self._reference[0], "images") if name == "image" else (self._reference[1], "captions")
-        step = _BATCH if name == "image" else self._run.caption_batch
-        parts = []
-        for start in range(0, len(wanted), step):
-            rows = slice(start, start + step)
+        batches = self._batches[name]
+        found, done = np.empty_like(wanted), 0
+        for number, rows in enumerate(batches):
             feeds = self._inputs(items[rows]) if name == "image" else {"token_ids": self._run.tokenizer(texts[rows])}
-            part = session.run(feeds)[f"{name}_embedding"]
-            parts.append(part)
-            done = min(start + step, len(wanted))
+            found[rows] = session.run(feeds)[f"{name}_embedding"]
+            done += len(found[rows])
             self._progress(f"encoding {what} with int8", done, len(wanted))
-            worst = float(cosines(wanted[rows], part).min())
+            worst = float(cosines(wanted[rows], found[rows]).min())
             if not worst >= floor:
-                reason = f"the worst cosine of the first {done} of {len(wanted)} {what} is {worst:.6f}, below the floor of {floor}"
+                # What ended this trial is what ends the next one, if anything does.
+                batches.insert(0, batches.pop(number))
+                reason = (
+                    f"the worst cosine of {done} of {len(wanted)} {what} is {worst:.6f}, below the floor of {floor}"
+                )
                 return Decision(verdict="fail", reason=reason)
-        return np.concatenate(parts)
+        return found
 
     def _inputs(self, items: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         return image_inputs(self._run.model, self._run.preprocess, items, self._regions)

@@ -3,7 +3,7 @@
 One batch at a time and one histogram per tensor, so that memory does not grow with the number of calibration items.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,23 @@ def histograms(
     Raises:
         DualmatchError: no batch, or a tensor that is not finite.
     """
+    found = {name: Histogram() for name in tensors}
+    done = 0
+    for values_of in observed(model, tensors, batches, scratch):
+        for name, values in values_of.items():
+            found[name].add(values)
+        done += 1
+        if progress is not None:
+            progress(done)
+    if not done:
+        raise DualmatchError("there is nothing to calibrate on.")
+    return found
+
+
+def observed(
+    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[Feeds], scratch: Path
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The named float tensors of `model`, batch by batch; as for `histograms`."""
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     given = {value.name for value in probed.graph.input}
@@ -80,19 +97,10 @@ def histograms(
     )
     path = scratch / "calibration.onnx"
     onnx.save(probed, path)
-    found = {name: Histogram() for name in tensors}
-    done = 0
     try:
         with open_session(path) as session:
             for feeds in batches:
-                for name, values in (dict(feeds) | session.run(feeds)).items():
-                    if name in found:
-                        found[name].add(values)
-                done += 1
-                if progress is not None:
-                    progress(done)
+                values = dict(feeds) | session.run(feeds)
+                yield {name: values[name] for name in tensors}
     finally:
         path.unlink()
-    if not done:
-        raise DualmatchError("there is nothing to calibrate on.")
-    return found

@@ -1,7 +1,7 @@
 """One encoder's int8 graph: ranges calibrated, the clipping percentile measured, layers left out until retrieval passes."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from dualmatch.runtime.backends import open_session
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.parity import Decision, Verdict
 
-from .int8 import layers_of, to_int8, unsigned_tensors
+from .int8 import engines_differ, layers_of, to_int8
 from .int8_ranges import Feeds, histograms
 from .int8_sensitivity import Sensitivity, cosines, sensitivities
+from .int8_smooth import smoothed
 
 PERCENTILES = (99.9, 99.99, 99.999, 100.0)
 # Items that percentiles and layers are compared on: enough to rank them, and each layer costs a pass over them.
@@ -51,7 +52,8 @@ def quantise(
     """The int8 form of a float32 graph that passes `decide` with the fewest layers left out (to a factor of two).
 
     Layers are left out by their sensitivity, the most sensitive first: none, then 1, 2, 4, 8 … up to half of them.
-    None where there is no layer to quantise: a GRU over word embeddings, and nothing else, stays as it is.
+    Where all layers are linear, loud channels are smoothed first if that brings the embeddings closer. None where there is nothing to
+    quantise, or one layer that does not pass: the encoder stays as it is.
 
     Args:
         calibration: real inputs, one item each.
@@ -66,30 +68,18 @@ def quantise(
     layers = layers_of(single)
     if not layers:
         return None
-    tensors = sorted({tensor for layer in layers for tensor in layer.activations})
-    found = histograms(
-        single, tensors, calibration, scratch,
-        lambda done: progress(f"calibrating the {name} encoder", done, len(calibration)),
-    )  # fmt: skip
     compared = calibration[:: max(1, len(calibration) // NUM_COMPARED)][:NUM_COMPARED]
-    wanted = _embeddings(single, compared, scratch)
-
-    def agreement(model: onnx.ModelProto) -> float:
-        return float(
-            np.mean([cosines(a, b) for a, b in zip(wanted, _embeddings(model, compared, scratch), strict=True)])
-        )
-
-    thresholds_at = {p: {tensor: one.threshold(p) for tensor, one in found.items()} for p in PERCENTILES}
-    measured: dict[float, float] = {}
-    for number, percentile in enumerate(PERCENTILES):
-        measured[percentile] = agreement(to_int8(single, thresholds_at[percentile]))
-        progress(f"choosing the {name} encoder's clipping", number + 1, len(PERCENTILES))
-    percentile = max(PERCENTILES, key=lambda one: measured[one])
-    thresholds = thresholds_at[percentile]
+    ranges = _ranges(single, calibration, compared, scratch, name=name, progress=progress)
+    if not any(layer.operator == "Conv" for layer in layers):
+        progress(f"smoothing the {name} encoder", 0, 0)
+        if (smooth := smoothed(single, calibration, scratch)) is not None:
+            other = _ranges(smooth, calibration, compared, scratch, name=name, progress=progress)
+            ranges = max(ranges, other, key=lambda one: max(one.cosines.values()))
+    smoothing, single, thresholds = ranges.model is not single, ranges.model, ranges.thresholds
 
     order: list[Sensitivity] = []
     trials: list[dict[str, Any]] = []
-    for count in _ladder(len(layers) // 2):
+    for count in _ladder(max(1, len(layers) // 2)):
         if count and not order:
             order = sensitivities(
                 single, thresholds, compared, scratch,
@@ -97,7 +87,7 @@ def quantise(
             )  # fmt: skip
         left_out = [one.layer for one in order[:count]]
         model = to_int8(single, thresholds, excluded=left_out)
-        engine = to_int8(single, thresholds, excluded=left_out, for_engine=True) if unsigned_tensors(single) else None
+        engine = to_int8(single, thresholds, excluded=left_out, for_engine=True) if engines_differ(single) else None
         accepted = True
         # The engine's codes are coarser, so where one of the two fails it is mostly that one: it goes first.
         for graph, candidate in (("engine", engine), ("onnxruntime", model)):
@@ -117,16 +107,55 @@ def quantise(
             f"int8 does not keep retrieval: with {count} of the {name} encoder's {len(layers)} layers in float32, still {decision.reason}; "
             "export with --fp16 or --fp32."
         )
+    if len(left_out) == len(layers):
+        return None
     facts = {
-        "scheme": "static Q/DQ, symmetric, int8 weights per channel, 8-bit activations with all codes used behind a ReLU",
+        "scheme": "static Q/DQ, symmetric, int8 weights per channel, 8-bit activations with all codes used behind a ReLU, word tables int8 by row",
         "calibration_items": len(calibration),
-        "percentile": percentile,
-        "cosine_by_percentile": {f"{one:g}": measured[one] for one in PERCENTILES},
+        "percentile": ranges.percentile,
+        "cosine_by_percentile": {f"{one:g}": cosine for one, cosine in ranges.cosines.items()},
+        "smoothed": smoothing,
         "layers": len(layers),
         "excluded": [asdict(one) for one in order[: len(left_out)]],
         "trials": trials,
     }
     return Quantised(model=model, engine_model=engine, facts=json.loads(json.dumps(facts)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ranges:
+    """One form of the float32 graph with its activations' ranges, and how close 8 bits come to it by percentile."""
+
+    model: onnx.ModelProto
+    thresholds: Mapping[str, float]
+    percentile: float
+    cosines: Mapping[float, float]
+
+
+def _ranges(
+    model: onnx.ModelProto,
+    calibration: Sequence[Feeds],
+    compared: Sequence[Feeds],
+    scratch: Path,
+    *,
+    name: str,
+    progress: Progress,
+) -> _Ranges:
+    """The percentile whose ranges keep the embeddings of `compared` closest."""
+    tensors = sorted({tensor for layer in layers_of(model) for tensor in layer.activations})
+    found = histograms(
+        model, tensors, calibration, scratch,
+        lambda done: progress(f"calibrating the {name} encoder", done, len(calibration)),
+    )  # fmt: skip
+    wanted = _embeddings(model, compared, scratch)
+    thresholds = {p: {tensor: one.threshold(p) for tensor, one in found.items()} for p in PERCENTILES}
+    measured: dict[float, float] = {}
+    for number, percentile in enumerate(PERCENTILES):
+        given = _embeddings(to_int8(model, thresholds[percentile]), compared, scratch)
+        measured[percentile] = float(np.mean([cosines(a, b) for a, b in zip(wanted, given, strict=True)]))
+        progress(f"choosing the {name} encoder's clipping", number + 1, len(PERCENTILES))
+    best = max(PERCENTILES, key=lambda one: measured[one])
+    return _Ranges(model=model, thresholds=thresholds[best], percentile=best, cosines=measured)
 
 
 def _ladder(most: int) -> Iterator[int]:

@@ -86,9 +86,9 @@ def _with_copies(model: onnx.ModelProto, thresholds: Mapping[str, float], layers
     graph = result.graph
     have = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(tensor for tensor in quantised.graph.initializer if tensor.name not in have)
-    names = {layer.name for layer in layers}
+    names, before = {layer.name for layer in layers}, {node.name for node in model.graph.node}
     for node in quantised.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        if node.name not in before:
             graph.node.append(node)
         elif node.name in names:
             (output,) = node.output

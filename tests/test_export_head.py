@@ -1,6 +1,7 @@
-"""The head alone: grid maps and regions in, the whole encoder's embeddings out, at every precision and as an engine."""
+"""The head alone: grid maps and regions in, the whole encoder's embeddings out, at every precision and as an engine; checked or refused."""
 
 import importlib.util
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -11,11 +12,12 @@ pytest.importorskip("onnxscript")
 
 import torch
 
+from dualmatch.export import head as export
 from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import profile_from_text
 from dualmatch.export.graph import export_encoder, specs
 from dualmatch.export.half import to_half
-from dualmatch.export.head import ImageHead, head_inputs
+from dualmatch.export.head import ImageHead, export_head, head_inputs
 from dualmatch.export.int8 import layers_of, to_int8
 from dualmatch.export.int8_ranges import histograms
 from dualmatch.runtime.backends import open_session
@@ -94,3 +96,70 @@ def test_it_goes_to_every_precision_and_engine(head, tmp_path):
 def test_a_network_without_a_trunk_has_no_head_to_cut_off():
     with pytest.raises(DualmatchError, match="has no trunk to leave out"):
         ImageHead(image_encoder(image_config("files", "k1")))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_head_leaves_with_its_stages_passed(head, tmp_path, precision):
+    encoder, model, _ = head
+    path = tmp_path / "head.onnx"
+    with mock.patch.object(export, "export_encoder", retraced(model)):
+        found = export_head(encoder, images(encoder, 7), path, precision=precision)
+    assert [(stage.name, stage.graph, stage.status) for stage in found.stages] == [
+        (name, f"head {precision}", "OK") for name in ("names", "axes", "shapes", "values")
+    ]
+    assert "batches of 1, 2, 7" in found.stages[2].found
+    assert found.largest_difference < export.TOLERANCE[precision]
+    inputs, given = feeds(encoder, 5, seed=3)
+    with torch.inference_mode():
+        wanted = encoder(**inputs).numpy()
+    np.testing.assert_allclose(embedded(path, given), wanted, rtol=0, atol=export.TOLERANCE[precision])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def retraced(model, change=lambda model: None):
+    """torch's exporter gives this graph, changed."""
+
+    def export_encoder(encoder, examples, path, *, output):
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        change(copied)
+        onnx.save(copied, path)
+        return copied
+
+    return export_encoder
+
+
+def transposed(model):
+    weight = next(t for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] == t.dims[1])
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight).T.copy(), weight.name))
+
+
+def frozen(model):
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    del model.graph.value_info[:]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(transposed, r"differs from torch by .*\(stage values\)"), (frozen, r"froze axis 0 of 'final_map'")],
+)
+def test_a_broken_head_is_refused_and_leaves_no_file(head, tmp_path, change, said):
+    encoder, model, _ = head
+    with (
+        mock.patch.object(export, "export_encoder", retraced(model, change)),
+        pytest.raises(DualmatchError, match=f"the head's graph {said}"),
+    ):
+        export_head(encoder, images(encoder, 7), tmp_path / "head.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_export_head_asks_for(head, tmp_path):
+    encoder = head[0]
+    with pytest.raises(DualmatchError, match="at least 4 images are needed, 2 are given"):
+        export_head(encoder, images(encoder, 2), tmp_path / "head.onnx")
+    with pytest.raises(DualmatchError, match="at fp32 or fp16, not 'int8'"):
+        export_head(encoder, images(encoder, 7), tmp_path / "head.onnx", precision="int8")
+    (tmp_path / "head.onnx").touch()
+    with pytest.raises(DualmatchError, match="exists"):
+        export_head(encoder, images(encoder, 7), tmp_path / "head.onnx")
