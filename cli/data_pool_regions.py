@@ -37,6 +37,11 @@ from .common import data_option, existing, progress_reports
     show_default=True,
     help="Of an image's regions; it matters to VSRN, whose GRU runs over them.",
 )
+@click.option(
+    "--cache",
+    type=existing,
+    help="Folder of cached trunk features, which `dualmatch train --cache` shares: no photograph passes the trunk twice; float16.",
+)
 @click.option("--out", required=True, type=existing, help="The region file to write, .npz.")
 def command(
     data: str,
@@ -45,6 +50,7 @@ def command(
     trunk_weights: Path | None,
     image_size: int,
     order: Literal["file", "confidence", "size", "random"],
+    cache: Path | None,
     out: Path,
 ) -> None:
     """Pool a feature for each given box of each photograph, for networks with precomputed regions."""
@@ -60,6 +66,7 @@ def command(
             trunk_weights=trunk_weights,
             image_size=image_size,
             order=order,
+            cache=cache,
             progress=progress,
         )
     click.echo(f"{out}: {shape[0]} images x {shape[1]} regions x {shape[2]} channels")

@@ -139,17 +139,16 @@ def _whole_way(out: Path, recipe: str, overrides: tuple[str, ...], steps: _Steps
 
 
 def _train(run: Path, recipe: str, overrides: tuple[str, ...], scenes: "Dataset", progress: Progress) -> str:
-    from dualmatch.training.checkpoint import load_tensors, read_run_json
+    from dualmatch.training.checkpoint import read_facts
     from dualmatch.training.loop import train
-    from dualmatch.training.recipe import load_recipe, recipe_from_json
+    from dualmatch.training.recipe import load_recipe
+    from dualmatch.training.resume import is_finished
 
     chosen = load_recipe(recipe, overrides)
+    if is_finished(chosen, scenes, run):
+        facts = read_facts(run / "last.safetensors")
+        return f"{run} was trained before: epoch {facts['best_epoch']}, validation Rsum {facts['best_rsum']:.1f}"
     resume = (run / "last.safetensors").is_file()
-    if resume:
-        before = recipe_from_json(read_run_json(run)["recipe"], str(run))
-        _, facts = load_tensors(run / "last.safetensors")
-        if before.name == chosen.name and before.train == chosen.train and facts["epoch"] >= chosen.train.epochs:
-            return f"{run} was trained before: epoch {facts['best_epoch']}, validation Rsum {facts['best_rsum']:.1f}"
     best = train(chosen, scenes, run, data_name="scenes", cache=run.parent / "cache", resume=resume, progress=progress)
     return f"best epoch {best['epoch']} of {chosen.train.epochs}, validation Rsum {best['val_rsum']:.1f}"
 

@@ -25,6 +25,8 @@ BENCH: Table = {
     "compare": ("bench_compare", "Backends and precisions against each other in one run: speed beside recall."),
     "recall": ("bench_recall", "Recall under every protocol, alone, together, re-ranked; where a model is weak."),
     "paper": ("bench_paper", "Our numbers beside those that the papers print, row by row."),
+    "ablation": ("bench_ablation", "Train the rows of an ablation with several seeds, and compare them."),
+    "sweep": ("bench_sweep", "Draw finished runs over one option of their recipes."),
     "training": ("bench_training", "Throughput of the training loop, and its wait for data."),
 }
 GALLERY: Table = {

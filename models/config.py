@@ -171,6 +171,8 @@ class DsranConfig:
         num_heads: H, attention heads in every graph attention layer.
         joint_graphs: K, parallel joint graph attention layers met by gated fusion: 1, 2 or 4 (Fig. 4).
         global_path, regional_path: grid nodes and region nodes.
+        grid_positions: each grid node is told its place: the geometry of its cell is embedded and summed to it, as a pyramid's region's is.
+            Neither paper nor code has it: there a grid node knows only as much of its place as the trunk let through.
         separate_relations: SSR, one graph attention layer per path (eqs 10, 12).
         joint_relations: JSR, graph attention over all nodes together (eqs 13, 14). Without it, two paths meet in the gated fusion layer.
         caption_relations: the text graph (eq 20).
@@ -198,6 +200,7 @@ class DsranConfig:
     joint_graphs: Literal[1, 2, 4] = 2
     global_path: bool = True
     regional_path: bool = True
+    grid_positions: bool = False
     separate_relations: bool = True
     joint_relations: bool = True
     caption_relations: bool = True
@@ -239,6 +242,8 @@ class DsranConfig:
             raise DualmatchError(f"embed_dim ({self.embed_dim}) must be a multiple of num_heads ({self.num_heads}).")
         if not (self.global_path or self.regional_path):
             raise DualmatchError("global_path and regional_path are both off: the image encoder would have no input.")
+        if self.grid_positions and not self.global_path:
+            raise DualmatchError("grid_positions are for the global path, which is off.")
         if self.trunk.name == "none" and (self.global_path or self.regions.source == "pyramid"):
             raise DualmatchError("without a trunk only the regional path with precomputed regions is possible.")
         if self.trunk.name != "none" and not self.global_path and self.regions.source == "precomputed":

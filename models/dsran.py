@@ -83,9 +83,12 @@ class Projection(nn.Module):
 
 
 class GridNodes(nn.Module):
-    """The trunk's final map as projected nodes, row by row, average-pooled to a coarser grid if the configuration says so."""
+    """The trunk's final map as projected nodes, row by row, average-pooled to a coarser grid and told their places if the configuration
+    says so.
+    """
 
     pooling_weights: Tensor | None
+    geometry: Tensor
 
     def __init__(self, config: DsranConfig) -> None:
         super().__init__()
@@ -102,12 +105,17 @@ class GridNodes(nn.Module):
         self.project = Projection(
             config.trunk.feature_dim or CHANNELS[config.trunk.name]["final"], config, dropout=config.input_dropout
         )
+        self.position: nn.Module | None = None
+        if config.grid_positions:
+            self.register_buffer("geometry", box_geometry(grid_boxes(pooled_size or size)), persistent=False)
+            self.position = nn.Linear(6, config.embed_dim)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         cells_BNC = map_BCHW.flatten(2).transpose(1, 2)
         if self.pooling_weights is not None:
             cells_BNC = self.pooling_weights.to(cells_BNC.dtype) @ cells_BNC
-        return self.project(cells_BNC)
+        nodes_BND: Tensor = self.project(cells_BNC)
+        return nodes_BND if self.position is None else nodes_BND + self.position(self.geometry.to(cells_BNC.dtype))
 
 
 class PyramidRegions(nn.Module):

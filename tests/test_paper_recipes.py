@@ -11,8 +11,9 @@ from dualmatch.models import DSRAN, VSRN
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.training.catalogue import catalogue
 from dualmatch.training.loop import train
-from dualmatch.training.paper_recipes import ABLATIONS, ROWS
+from dualmatch.training.paper_recipes import ABLATIONS
 from dualmatch.training.recipe import load_recipe, recipe_names
+from dualmatch.training.recipe_files import ROWS
 from dualmatch.training.vocabulary import build_tokenizer
 from dualmatch.training.word_weights import load_word_weights
 

@@ -141,6 +141,22 @@ def test_pooled_regions_are_means_of_the_map(tmp_path, photographs, pool):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boxes.npz", "regions.npz"]
 
 
+def test_cached_maps_give_the_same_regions_without_the_trunk(tmp_path, photographs, pool, monkeypatch):
+    import torch
+
+    torch.set_num_threads(1)
+    boxes, cache = write_boxes(tmp_path / "boxes.npz", photographs), tmp_path / "cache"
+    pool(photographs, boxes, tmp_path / "plain.npz")
+    pool(photographs, boxes, tmp_path / "first.npz", cache=cache)
+    monkeypatch.setattr("dualmatch.models.efficientnet_lite.EfficientNetLite0.forward", None)  # runs no more
+    pool(photographs, boxes, tmp_path / "second.npz", cache=cache)
+    plain, *cached = (RegionFile(tmp_path / f"{name}.npz") for name in ("plain", "first", "second"))
+    for item in photographs.items:
+        for regions in cached:
+            np.testing.assert_allclose(regions.features(item.id), plain.features(item.id), rtol=2e-3, atol=2e-3)
+            np.testing.assert_array_equal(regions.positions(item.id), plain.positions(item.id))
+
+
 def test_pooling_refuses_and_leaves_nothing(tmp_path, photographs, pool):
     whole = write_boxes(tmp_path / "boxes.npz", photographs)
     with np.load(whole) as arrays:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from .paper_recipes import ROWS
-from .recipe_files import recipe_names, recipe_values
+from .recipe_files import ROWS, recipe_names, recipe_values
 
 # What is listed first; the rows of the papers follow in the order in which they are generated.
 GROUPS = {"scenes": "scenes", "flickr8k": "flickr8k-1000", "modern": "With what was found since"}

@@ -9,6 +9,8 @@ RUN/log.jsonl            a line per epoch
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +47,30 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DualmatchError: the file is missing or damaged.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118  (not a dict)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The JSON facts alone, without the tensors; raises as `load_tensors`."""
+    with _opened(path) as file:
+        return _facts(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise DualmatchError(f"there is no checkpoint {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("dualmatch", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118  (not a dict)
+            yield file
     except (SafetensorError, json.JSONDecodeError) as error:
         raise DualmatchError(f"the checkpoint {path} is damaged: {error}.") from None
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((file.metadata() or {}).get("dualmatch", "{}"))
+    return facts
 
 
 def frozen_names(model: nn.Module) -> set[str]:

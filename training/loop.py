@@ -21,7 +21,7 @@ from dualmatch.models import DSRAN, VSRN
 from dualmatch.models.trunks import preprocess_of
 from dualmatch.runtime.datasets import Dataset, ImageItem
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.files import sha256_of_bytes, write_atomically
+from dualmatch.runtime.files import write_atomically
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.tokenizer import CaptionTokenizer, TokenizerOptions
 
@@ -31,7 +31,6 @@ from .checkpoint import (
     VERSION,
     build_model,
     frozen_names,
-    read_run_json,
     save_tensors,
     tokenizer_options,
     versions,
@@ -40,7 +39,8 @@ from .distributed import Group, device_named, process_group
 from .features import Progress, no_progress
 from .interrupt import StopRequests, TrainingStoppedError
 from .objective import Batch, Objective, build_captioner
-from .recipe import Recipe, recipe_from_json
+from .recipe import Recipe
+from .resume import check_resumable, hash_of_pairs
 from .state import TrainingState, Unfinished
 from .step import Differentiator, Losses, rng_state, set_rng_state
 from .validation import Validation
@@ -139,9 +139,9 @@ class _Run:
         self.watch, self.progress = watch, progress
         train_set = dataset.select(recipe.data.train_splits)
         val_set = dataset.select(recipe.data.val_splits)
-        pairs = _hash_of_pairs(train_set, val_set)
+        pairs = hash_of_pairs(train_set, val_set)
         if resume:
-            _check_resumable(recipe, pairs, out)
+            check_resumable(recipe, pairs, out)
         elif out.exists() and (not out.is_dir() or any(path.name != DIVERGED for path in out.iterdir())):
             raise DualmatchError(f"{out} exists already; use --resume to continue a run, or give another --out.")
         group.collect(None)  # nobody looks at `out` any more when the first process begins to write there
@@ -354,11 +354,6 @@ def _time_left(seconds: float) -> str:
     return f", {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f", {minutes} min left"
 
 
-def _hash_of_pairs(*sets: Dataset) -> str:
-    """The identity of the pairs that a run sees."""
-    return sha256_of_bytes(json.dumps([[(item.id, item.captions) for item in one.items] for one in sets]).encode())
-
-
 def _caption_tokenizer(tokenizer: Tokenizer, options: TokenizerOptions, out: Path) -> CaptionTokenizer:
     """The tokenizer as the runtime will read it; through a file beside `out`, which also shows in time that one can write there."""
     beside = next(folder for folder in out.absolute().parents if folder.exists())
@@ -393,39 +388,6 @@ def _regions(recipe: Recipe, dataset: Dataset, items: Sequence[ImageItem]) -> Re
         )
     regions.require([item.id for item in items])
     return regions
-
-
-def _check_resumable(recipe: Recipe, pairs: str, out: Path) -> None:
-    """Refuse to resume a run with another recipe or other pairs; only the number of epochs may grow."""
-    values = read_run_json(out)
-    before = recipe_from_json(values["recipe"], f"{out / 'run.json'}: recipe")
-    if not (out / "last.safetensors").is_file():
-        raise DualmatchError(f"{out} has no finished epoch to resume from; remove it and start again.")
-    if recipe.train.epochs < before.train.epochs:
-        raise DualmatchError(
-            f"the run in {out} was started for {before.train.epochs} epochs, {recipe.train.epochs} are fewer; resume it with as many or more."
-        )
-    same = replace(
-        recipe,
-        model=replace(recipe.model, text=replace(recipe.model.text, vocabulary_size=before.model.text.vocabulary_size)),
-        train=replace(recipe.train, epochs=before.train.epochs),
-    )
-    if same != before:
-        changed = ", ".join(_changed(before.to_json(), same.to_json()))
-        raise DualmatchError(f"the run in {out} was started with another {changed}; resume it with the same options.")
-    if values.get("dataset", {}).get("pairs_sha256") != pairs:
-        raise DualmatchError(f"the run in {out} was started on other images or captions; resume it with the same data.")
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the options that differ."""
-    names = []
-    for key, value in before.items():
-        if isinstance(value, dict):
-            names += _changed(value, after[key], f"{prefix}{key}.")
-        elif value != after[key]:
-            names.append(prefix + key)
-    return names
 
 
 def _start_run(out: Path, model: DSRAN | VSRN, tokenizer: Tokenizer, description: dict[str, Any]) -> None:

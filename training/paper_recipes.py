@@ -17,7 +17,7 @@ _IMAGES = {
     "flickr30k": "Karpathy's dataset_flickr30k.json beside the photographs",
     "coco": "VSE++'s annotation ids beside the COCO photographs",
 }
-_RESNET = "--set trunk_weights=resnet152.safetensors"
+RESNET = "--set trunk_weights=resnet152.safetensors"
 _WORDS = {
     "gru": "--set word_weights=glove.840B.300d.txt",
     "bert": "--set word_weights=FOLDER of bert-base-uncased",
@@ -61,11 +61,12 @@ ABLATIONS = (
 EPOCHS = (6, 8, 10, 12, 14, 16, 18, 20)
 
 
-def _description(text: str, values: dict[str, Any]) -> dict[str, Any]:
+def described(text: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with its description."""
     return {"description": text, **values}
 
 
-def _ablation(path: tuple[bool, bool, bool, bool], *, regions_from_files: bool) -> tuple[str, dict[str, Any]]:
+def ablation(path: tuple[bool, bool, bool, bool], *, regions_from_files: bool) -> tuple[str, dict[str, Any]]:
     """A line of Table III in words and as the network's options."""
     is_global, is_regional, separate, joint = path
     paths = " and ".join(name for name, chosen in (("global", is_global), ("regional", is_regional)) if chosen)
@@ -90,7 +91,7 @@ def _ablation(path: tuple[bool, bool, bool, bool], *, regions_from_files: bool) 
 
 def _dsran(text: str, data: str) -> Iterator[tuple[str, Row]]:
     base = f"dsran-{text}-{data}"
-    needs = f"{_IMAGES[data]}; {_RESNET}; {_WORDS[text]}; {_VLP}"
+    needs = f"{_IMAGES[data]}; {RESNET}; {_WORDS[text]}; {_VLP}"
     network = f"DSRAN with {TEXT[text]} on {DATA[data]}"
     targets = dsran_targets(text, data)
     plain = tuple(target for target in targets if target.models == 1 and not target.rerank)
@@ -99,7 +100,7 @@ def _dsran(text: str, data: str) -> Iterator[tuple[str, Row]]:
 
     own_graphs = 4 if base == "dsran-bert-coco" else 2
     for graphs in (1, 2, 4):
-        values = _description(f"{network}, K = {graphs} (Fig. 7).", {"model": {"joint_graphs": graphs}})
+        values = described(f"{network}, K = {graphs} (Fig. 7).", {"model": {"joint_graphs": graphs}})
         yield (
             f"{base}-k{graphs}",
             Row(
@@ -112,7 +113,7 @@ def _dsran(text: str, data: str) -> Iterator[tuple[str, Row]]:
         )
     own_epochs = {"dsran-gru-flickr30k": 16, "dsran-bert-flickr30k": 12}.get(base, 18)
     for epochs in EPOCHS:
-        values = _description(
+        values = described(
             f"{network}, {epochs} epochs, the learning rate falling at half of them (Fig. 8).",
             {"train": {"epochs": epochs, "step_epochs": epochs // 2}},
         )
@@ -134,7 +135,7 @@ def _dsran(text: str, data: str) -> Iterator[tuple[str, Row]]:
                     group="DSRAN, Fig. 9: BatchNorm",
                     needs=needs,
                     base=base,
-                    values=_description(
+                    values=described(
                         f"{network}, {name} BatchNorm in the graph attention (Fig. 9).", {"model": {"norm": norm}}
                     ),
                     targets=plain if norm == "batch" else (),
@@ -142,7 +143,7 @@ def _dsran(text: str, data: str) -> Iterator[tuple[str, Row]]:
             )
     if data == "flickr30k":
         for number, path in enumerate(ABLATIONS, start=1 if text == "bert" else 9):
-            words, values = _ablation(path, regions_from_files=True)
+            words, values = ablation(path, regions_from_files=True)
             yield (
                 f"{base}-table3-{number}",
                 Row(
@@ -150,13 +151,13 @@ def _dsran(text: str, data: str) -> Iterator[tuple[str, Row]]:
                     needs="; ".join(
                         (
                             _IMAGES[data],
-                            *([_RESNET] if path[0] else []),
+                            *([RESNET] if path[0] else []),
                             _WORDS[text],
                             *([_VLP] if path[1] else []),
                         )
                     ),
                     base=base,
-                    values=_description(f"{network}: {words} (Table III, line {number}).", values),
+                    values=described(f"{network}: {words} (Table III, line {number}).", values),
                     targets=ablation_targets(number),
                 ),
             )
@@ -195,7 +196,7 @@ def _vsrn() -> Iterator[tuple[str, Row]]:
                 group=f"VSRN, Table {table}: " + ("ablations" if table == "4" else "order of regions"),
                 needs=_SCAN["coco"] + ordered,
                 base="vsrn-coco",
-                values=_description(f"VSRN on MS-COCO: {words} (Table {table}).", {"model": model} if model else {}),
+                values=described(f"VSRN on MS-COCO: {words} (Table {table}).", {"model": model} if model else {}),
                 targets=targets,
             ),
         )
@@ -203,49 +204,12 @@ def _vsrn() -> Iterator[tuple[str, Row]]:
 
 def _vsepp() -> Iterator[tuple[str, Row]]:
     for data in DATA:
-        needs = f"{_IMAGES[data]}; {_RESNET}"
+        needs = f"{_IMAGES[data]}; {RESNET}"
         yield f"vse++-{data}", Row(group="VSE++, the tables' baseline", needs=needs, targets=vsepp_targets(data))
 
 
-def _at_hand() -> Iterator[tuple[str, Row]]:
-    """The same ablations where the papers print nothing: on the scenes, and on a thousand photographs."""
-    bases = {
-        "scenes-dsran-gru": ("scenes", "DSRAN on the embedded scenes", "nothing: --data scenes", False),
-        "flickr8k-dsran-minilm": (
-            "flickr8k-1000",
-            "DSRAN on a thousand photographs",
-            "photographs with captions",
-            False,
-        ),
-        "flickr8k-dsran-minilm-resnet152": (
-            "flickr8k-1000",
-            "DSRAN on a thousand photographs, ResNet-152",
-            f"photographs with captions; {_RESNET}",
-            False,
-        ),
-        "flickr8k-dsran-authors": (
-            "flickr8k-1000",
-            "DSRAN as its authors train it, on a thousand photographs",
-            f"photographs with captions; {_RESNET}; --set data.regions=FILE",
-            True,
-        ),
-    }
-    for base, (group, network, needs, from_files) in bases.items():
-        for number, path in enumerate(ABLATIONS, start=1 if "minilm" in base else 9):
-            words, values = _ablation(path, regions_from_files=from_files)
-            yield (
-                f"{base}-table3-{number}",
-                Row(
-                    group=f"{group}: the ablations of DSRAN's Table III",
-                    needs=needs,
-                    base=base,
-                    values=_description(f"{network}: {words} (as Table III, line {number}).", values),
-                ),
-            )
-
-
-ROWS: dict[str, Row] = {
+PAPER_ROWS: dict[str, Row] = {
     name: row
-    for rows in (*(_dsran(text, data) for text in TEXT for data in DATA), _vsrn(), _vsepp(), _at_hand())
+    for rows in (*(_dsran(text, data) for text in TEXT for data in DATA), _vsrn(), _vsepp())
     for name, row in rows
 }

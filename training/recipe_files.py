@@ -11,7 +11,11 @@ from typing import Any
 
 from dualmatch.runtime.errors import DualmatchError
 
-from .paper_recipes import ROWS
+from .at_hand_recipes import AT_HAND_ROWS
+from .paper_recipes import PAPER_ROWS
+
+# Recipes that are generated, by name.
+ROWS = PAPER_ROWS | AT_HAND_ROWS
 
 
 def recipe_names() -> list[str]:

@@ -18,7 +18,8 @@ from dualmatch.runtime.files import refuse_existing
 from dualmatch.runtime.preprocess import open_rgb
 from dualmatch.runtime.regions import read_npz
 
-from .features import Progress, no_progress, photograph
+from .features import MapCache, Progress, no_progress, photograph
+from .recipe import DataOptions
 
 RegionOrder = Literal["file", "confidence", "size", "random"]
 
@@ -33,6 +34,7 @@ def pool_regions(
     image_size: int = 320,
     order: RegionOrder = "file",
     batch_size: int = 16,
+    cache: Path | None = None,
     progress: Progress = no_progress,
 ) -> tuple[int, int, int]:
     """Write a region file (see `runtime.regions`) with a feature and a geometry for every box.
@@ -44,6 +46,8 @@ def pool_regions(
         order: of an image's regions, which VSRN's GRU runs over (its paper's Table 5): as in the `file` (detectors write descending
             confidence), by `confidence` (needs `scores` (n, regions) in the file), by `size` (largest first), or `random` (by image id,
             the same every time).
+        cache: folder of trunk features (see `features`): the trunk does not run for images whose maps lie there, and its maps are added;
+            float16. None: every image through the trunk.
 
     Returns:
         (images, regions, channels).
@@ -66,13 +70,20 @@ def pool_regions(
     config = TrunkConfig(name=trunk, image_size=image_size, frozen=True)  # type: ignore[arg-type]
     network = build_trunk(config, weights=trunk_weights).eval()
     preprocess = preprocess_of(config, "squash")
+    cached, stems = None, []
+    if cache is not None:
+        cached = MapCache(cache, network, ("final",), preprocess, min_area=DataOptions.crop_min_area)
+        stems = cached.prepare(dataset.items, views=1, progress=progress)
     features, positions = [], []
     for start in range(0, len(dataset.items), batch_size):
         items = dataset.items[start : start + batch_size]
         opened = [open_rgb(photograph(item)) for item in items]
-        pixels = torch.from_numpy(np.stack([preprocess(image) for image in opened]))
-        with torch.inference_mode():
-            maps = network(pixels)["final"]
+        if cached is not None:
+            maps = cached.load([views[0] for views in stems[start : start + batch_size]])["final"]
+        else:
+            pixels = torch.from_numpy(np.stack([preprocess(image) for image in opened]))
+            with torch.inference_mode():
+                maps = network(pixels)["final"]
         for item, image, one in zip(items, opened, maps, strict=True):
             sides = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
             row = row_of[item.id]

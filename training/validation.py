@@ -14,7 +14,7 @@ from .features import MapCache, WordCache
 
 
 class Validation:
-    """Recall on the validation splits, ranked together, in float32."""
+    """Recall on the validation splits, ranked together, in float32; a frozen part's features come from the cache, float16."""
 
     def __init__(self, setup: Setup, dataset: Dataset) -> None:
         self.setup, self.dataset = setup, dataset
@@ -23,6 +23,11 @@ class Validation:
 
     def recall(self) -> Recall:
         """Recall at the weights as they are."""
+        images, captions = self.embeddings()
+        return evaluate(images @ captions.T, caption_image=self.dataset.caption_image)
+
+    def embeddings(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embeddings of images (n, D) and captions (m, D) at the weights as they are."""
         setup = self.setup
         setup.model.eval()
         if self.maps is None:
@@ -33,7 +38,7 @@ class Validation:
             captions = encode_captions(setup.model, setup.tokenizer, self.dataset.captions)
         else:
             captions = self._cached_captions(self.words)
-        return evaluate(images @ captions.T, caption_image=self.dataset.caption_image)
+        return images, captions
 
     def _cached_images(self, maps: MapCache) -> NDArray[np.float32]:
         parts, device = [], device_of(self.setup.model)

@@ -1,0 +1,99 @@
+"""Studies: recipes that are trained on the same data with the same seeds, and compared in one table. Imports no torch."""
+
+from dataclasses import dataclass
+
+LINES = ("global", "global, SSR", "regional", "regional, SSR", "both", "both, SSR", "both, JSR", "both, SSR, JSR")
+WHOLE = LINES[-1]
+
+# Each module against the same network without it, and each path against both.
+_MODULES = (
+    ("global", "global, SSR"),
+    ("regional", "regional, SSR"),
+    ("both", "both, SSR"),
+    ("both", "both, JSR"),
+    ("both, SSR", WHOLE),
+    ("both, JSR", WHOLE),
+    ("global, SSR", "regional, SSR"),
+    ("global, SSR", WHOLE),
+    ("regional, SSR", WHOLE),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is trained and what is compared.
+
+    Attributes:
+        description: one line.
+        rows: recipes by the label of their row.
+        contrasts: pairs of labels: the second is tested against the first.
+    """
+
+    description: str
+    rows: dict[str, str]
+    contrasts: tuple[tuple[str, str], ...]
+
+
+def _table3(base: str, first: int) -> dict[str, str]:
+    """The eight lines of DSRAN's Table III; both paths without JSR meet in the gated fusion layer."""
+    return {label: f"{base}-table3-{number}" for number, label in enumerate(LINES, start=first)}
+
+
+_SCENES = _table3("scenes-dsran-gru", 9)
+
+STUDIES: dict[str, Study] = {
+    "scenes": Study(
+        description="DSRAN's Table III and VSRN on the embedded scenes",
+        rows=_SCENES | {"VSRN": "scenes-vsrn"},
+        contrasts=(*_MODULES, ("VSRN", WHOLE)),
+    ),
+    "scenes-places": Study(
+        description="what a path knows of places, on the embedded scenes",
+        rows={
+            "global, SSR": _SCENES["global, SSR"],
+            "global, SSR, positions": "scenes-dsran-gru-global-positions",
+            "regional, SSR": _SCENES["regional, SSR"],
+            "regional, SSR, no positions": "scenes-dsran-gru-regional-no-positions",
+            "regional, SSR, small regions": "scenes-dsran-gru-regional-small",
+            WHOLE: _SCENES[WHOLE],
+            f"{WHOLE}, positions": "scenes-dsran-gru-positions",
+        },
+        contrasts=(
+            ("global, SSR", "global, SSR, positions"),
+            ("regional, SSR, no positions", "regional, SSR"),
+            ("global, SSR, positions", "regional, SSR"),
+            ("regional, SSR", "regional, SSR, small regions"),
+            (WHOLE, f"{WHOLE}, positions"),
+        ),
+    ),
+    "scenes-curves": Study(
+        description="K and the norm of the graph attention, on the embedded scenes",
+        rows={
+            "K = 1": "scenes-dsran-gru-k1",
+            "K = 2, LayerNorm": _SCENES[WHOLE],
+            "K = 4": "scenes-dsran-gru-k4",
+            "BatchNorm": "scenes-dsran-gru-with-batchnorm",
+            "no norm": "scenes-dsran-gru-without-batchnorm",
+        },
+        contrasts=(("K = 1", "K = 2, LayerNorm"), ("K = 2, LayerNorm", "K = 4"), ("no norm", "BatchNorm")),
+    ),
+    "flickr8k": Study(
+        description="DSRAN's Table III, VSRN, a linear head and two other trainings on photographs with detected boxes",
+        rows=_table3("flickr8k-dsran-boxes", 1)
+        | {
+            "VSRN": "flickr8k-vsrn-boxes",
+            "linear": "flickr8k-linear-minilm-resnet152",
+            "authors": "flickr8k-dsran-boxes-authors",
+            "modern": "flickr8k-dsran-boxes-modern",
+        },
+        contrasts=(
+            *_MODULES,
+            ("VSRN", WHOLE),
+            ("linear", WHOLE),
+            ("linear", "global"),
+            ("authors", WHOLE),
+            ("authors", "modern"),
+            (WHOLE, "modern"),
+        ),
+    ),
+}

@@ -1,0 +1,101 @@
+"""Run a study: train and evaluate each of its rows with each seed, one after another; what is finished is not done again.
+
+OUT/RECIPE/seedN                          a run, as `dualmatch train` leaves it
+OUT/RECIPE/seedN/embeddings-SPLIT.npz     embeddings of the evaluated splits by its best epoch
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from dualmatch.runtime.datasets import Dataset
+from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_file
+
+from .evaluation import embed_from_cache, write_embeddings
+from .features import Progress, no_progress
+from .interrupt import TrainingStoppedError
+from .loop import train
+from .recipe import load_recipe
+from .resume import is_finished
+from .studies import Study
+from .study_summary import embeddings_path, run_folder
+
+
+def run_study(
+    study: Study,
+    dataset: Dataset,
+    out: Path,
+    *,
+    data_name: str,
+    cache: Path,
+    seeds: Sequence[int],
+    splits: Sequence[str],
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    workers: int = 2,
+    progress: Progress = no_progress,
+) -> None:
+    """Train and evaluate what is missing of every row and seed; all rows of a seed come before those of the next.
+
+    A frozen trunk's features are taken from the cache in training and in evaluation alike (see `embed_from_cache`).
+
+    Args:
+        splits: joined into the set that the rows are compared on.
+        overrides: `key=value` options that every row is trained with.
+
+    Raises:
+        DualmatchError: a run in `out` is another one than the study's, or as `train`.
+        TrainingStoppedError: it was asked to stop; the same call goes on where it stopped.
+    """
+    compared = dataset.select(splits)
+    # All recipes are read before the first is trained: an option that one of them does not have shows now, not hours later.
+    runs = [
+        (label, seed, run_folder(out, name, seed), load_recipe(name, [*overrides, f"train.seed={seed}"]))
+        for seed in seeds
+        for label, name in study.rows.items()
+    ]
+    for label, seed, folder, recipe in runs:
+
+        def report(what: str, done: int, total: int, prefix: str = f"{label}, seed {seed}") -> None:
+            progress(f"{prefix}: {what}", done, total)
+
+        if not is_finished(recipe, dataset, folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                train(
+                    recipe,
+                    dataset,
+                    folder,
+                    data_name=data_name,
+                    cache=cache,
+                    resume=(folder / "last.safetensors").is_file(),
+                    device=device,
+                    workers=workers,
+                    progress=report,
+                )
+            except TrainingStoppedError as stopped:
+                where = str(stopped).partition(":")[0]
+                raise TrainingStoppedError(f"{where}: the same command continues the study.") from None
+        _evaluate(folder, compared, cache, report)
+
+
+def _evaluate(folder: Path, compared: Dataset, cache: Path, progress: Progress) -> None:
+    """Embeddings of the compared images by the best epoch, unless they are there."""
+    path = embeddings_path(folder, compared.splits)
+    checkpoint = sha256_of_file(folder / "best.safetensors")
+    if path.is_file():
+        try:
+            with np.load(path) as arrays:
+                if str(arrays["checkpoint"]) == checkpoint and arrays["image_ids"].tolist() == [
+                    item.id for item in compared.items
+                ]:
+                    return
+        except (BadZipFile, KeyError, ValueError, OSError):
+            pass  # damaged or of another kind: written anew
+    images, captions = embed_from_cache(folder, compared, cache, progress=progress)
+    if not (np.isfinite(images).all() and np.isfinite(captions).all()):
+        raise DualmatchError(f"the run in {folder} gives embeddings that are no numbers.")
+    write_embeddings(path, compared, images, captions, checkpoint=checkpoint)
