@@ -107,7 +107,7 @@ class GridNodes(nn.Module):
         )
         self.position: nn.Module | None = None
         if config.grid_positions:
-            self.register_buffer("geometry", box_geometry(grid_boxes(pooled_size or size)), persistent=False)
+            self.register_buffer("geometry", box_geometry(self.boxes), persistent=False)
             self.position = nn.Linear(6, config.embed_dim)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ LITE0 = TrunkConfig(name="efficientnet-lite0", image_size=64)
 
 # The networks that are exported: each option at least once, and the pairs that recipes use. All of them would take many minutes.
 EXPORTED = {
-    "image-grid-k1": image_config("grid", "k1", "no-ssr", "layer"),
+    "image-grid-k1": image_config("grid", "k1", "no-ssr", "layer", grid_positions=True),
     "image-pyramid-no-jsr": image_config("pyramid-final", "no-jsr", "ssr", "batch", l2_epsilon=0.0),
     "image-both-no-jsr": image_config("grid-and-pyramid-final", "no-jsr", "ssr", "layer", projection="relu"),
     "image-both-k2": image_config("grid-and-pyramid-previous", "k2", "ssr", "batch"),
