@@ -27,11 +27,14 @@ help:
 demo: .venv/.installed
 	$(BIN)/dualmatch demo --out demo
 
+# A process for each core, each with one thread; a file's tests stay together, because they share what the file has made.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: .venv/.installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: .venv/.installed .venv/typing/dualmatch
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from .files import sha256_of_bytes
 from .galleries.index import INDEX_FILE, QUARANTINE_FILE, FileRecord, GalleryIndex, relative
 from .galleries.photos import FilePhotos
 from .galleries.sources import photos_in, photos_root
-from .galleries.store import LOCK_FILE, commit, is_own, locked, require_same
+from .galleries.store import LOCK_FILE, commit, files_of, is_own, locked, remove_all_but, require_same
 from .galleries.urls import Folder, folder_at, is_url, local_path
 from .galleries.writer import OnError, Summary, hash_of, planned
 from .preprocess import MAX_PIXELS
@@ -219,6 +219,8 @@ class _Run:
             )
         self.folder.write(QUARANTINE_FILE, quarantine)
         if self.local is not None:
+            # What killed actors were in the middle of writing.
+            remove_all_but(self.local, {LOCK_FILE, QUARANTINE_FILE, *files_of(index)})
             commit(self.local, index)
         else:
             self.folder.write(INDEX_FILE, index.to_json().encode())
@@ -229,9 +231,7 @@ class _Run:
         """Nothing is finished: leave nothing behind."""
         self.folder.remove(RECORDS)
         if self.local is not None:
-            for path in list(self.local.iterdir()):
-                if is_own(path.name) and path.name != LOCK_FILE:
-                    path.unlink()
+            remove_all_but(self.local, {LOCK_FILE})
 
     def _summary(self, index: GalleryIndex, resumed_rows: int) -> Summary:
         return Summary(

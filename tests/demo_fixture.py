@@ -1,6 +1,7 @@
 """A trained run, its bundle and the demo's folder, each made once in a session; and the command line as a test calls it."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -81,7 +82,7 @@ class DemoFolder:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFolder:
-    """`dualmatch demo` with two epochs, in a process of its own: minutes, once. Tests read it and change copies.
+    """`dualmatch demo` with two epochs, in a process of its own: minutes, once for all of pytest's workers. Tests read it and change copies.
 
     $DUALMATCH_TEST_DEMO names a demo's folder to use in its place.
     """
@@ -89,12 +90,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFolder:
         return DemoFolder(Path(given).resolve(), "")
     pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
-    root = tmp_path_factory.mktemp("demo") / "out"
-    script = Path(sys.executable).with_name("dualmatch")
-    command = [script, "demo", "--out", root, "--set", "train.epochs=2"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return DemoFolder(root, finished.stdout)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all workers have in common
+    root, printed = folder / "demo" / "out", folder / "demo" / "printed.txt"
+    root.parent.mkdir(exist_ok=True)
+    with (folder / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            script = Path(sys.executable).with_name("dualmatch")
+            command = [script, "demo", "--out", root, "--set", "train.epochs=2"]
+            finished = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+            assert finished.returncode == 0, finished.stderr
+            printed.write_text(finished.stdout)
+    return DemoFolder(root, printed.read_text())
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,14 @@ def galleries(demo, tmp_path_factory):
 
 
 def test_evaluate_is_within_half_a_point_of_torch(demo):
-    torch = done("evaluate-checkpoint", demo.run, "--data", "scenes", "--split", "test", "--json").json
-    served = done("runtime", "evaluate", demo.bundle, "--data", "scenes", "--split", "test", "--json").json
+    # All scenes, as in the gate: after two epochs scores lie so close that 400 alone may differ by more.
+    everything = ("--data", "scenes", "--split", "train,val,test", "--json")
+    torch = done("evaluate-checkpoint", demo.run, *everything).json
+    served = done("runtime", "evaluate", demo.bundle, *everything).json
     assert abs(torch["rsum"] - served["rsum"]) < 0.5
-    assert torch["rsum"] > 100, "two epochs taught the network nothing: the comparison says little"
+    assert torch["rsum"] > 30, "two epochs taught the network nothing: the comparison says little"
     assert torch["protocol"] == served["protocol"]
-    assert served["protocol"]["images"] == 400
+    assert served["protocol"]["images"] == 2200
     for way in ("i2t", "t2i"):
         assert set(served[way]) == {"r1", "r5", "r10", "median", "mean"}
 
