@@ -55,6 +55,7 @@ h2.query img { height: 6rem; width: auto; max-width: 45%; object-fit: contain; b
 """
 )
 
+_TAG = re.compile(r"<[^>]*>")
 _NUMBER = re.compile(r"[-+<>]?\d.*")
 
 
@@ -90,7 +91,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
         column > 0 and all(_NUMBER.fullmatch(row[column]) or row[column] in ("", "-") for row in rows)
         for column in range(len(heads))
     ]
-    short = [all(len(row[column]) <= 40 for row in rows) for column in range(len(heads))]
+    short = [all(len(_TAG.sub("", row[column])) <= 40 for row in rows) for column in range(len(heads))]
     names = [" ".join(["number"] * number + ["short"] * brief) for number, brief in zip(numeric, short, strict=True)]
     kinds = [f' class="{name}"' if name else "" for name in names]
     head = "".join(f"<th{kind}>{shown(cell)}</th>" for kind, cell in zip(kinds, heads, strict=True))

@@ -473,3 +473,72 @@ def test_two_networks_stand_side_by_side_and_where_they_differ_most(small_bundle
         rank = row.split("first right answer: rank ")[1].split("<")[0]
         assert "✓ right" in row
         assert f">{rank}</span>" in row  # the right answer stands with its rank, first or last
+
+
+def leaves(values, path=()):
+    """The path of everything in a JSON value, itself included."""
+    yield path
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, one in entries:
+        yield from leaves(one, (*path, key))
+
+
+def exchanged(values, path, junk):
+    if not path:
+        return junk
+    copy = dict(values) if isinstance(values, dict) else list(values)
+    copy[path[0]] = exchanged(values[path[0]], path[1:], junk)
+    return copy
+
+
+def recall_report():
+    way = {"r1": 1.0, "r5": 2.0, "r10": 3.0}
+    protocol = {"images": 5, "captions": 25, "split": "test"}
+    slice_ = {"models": ["m"], "group": "g", "slice": "s", "captions": 9, **way, "intervals": {"r1": [0.5, 1.5]}}
+    pair = {"models": ["m"], "differs": "relation", "pairs": 9, "captions": {"value": 60.0, "interval": [50.0, 70.0]}}
+    row = {
+        "models": ["m"],
+        "rerank": 0,
+        "rsum": 12.0,
+        "i2t": way,
+        "t2i": way,
+        "protocol": protocol,
+        "rsum_interval": [1.0, 20.0],
+    }
+    compared = {"of": {"models": ["m"]}, "against": {"models": ["n"]}, "rsum_difference": 1.0, "interval": [-1.0, 2.0]}
+    return {
+        "schema": {"name": "dualmatch.bench.recall", "version": 1}, "subject": {"data": {"name": "d"}, "models": [{"label": "m", "bundle": "h"}]},
+        "rows": [row], "slices": [slice_], "comparisons": [compared], "hard_pairs": [pair],
+    }  # fmt: skip
+
+
+def compare_with_roofs():
+    report = compare_report(("a", 1.0, 300.0))
+    report["cases"][0]["roofline"] = {
+        "intensity": 12.5, "achieved": {"operations_per_s": 3e10, "bytes_per_s": 2e9}, "percent": {"gemm": 30.0, "copy": 9.0}, "bound": "gemm",
+    }  # fmt: skip
+    return report | {"roofs": {"gemm": {"float32": {"avg": 1e11}}, "copy": {"avg": 1.2e10}}}
+
+
+def latency_with_stages():
+    case = latency_case([1.0, 2.0, 4.0]) | {"decode_time": block([1.0, 2.0])}
+    return latency_report(case, latency_case([3.0, 5.0], batch=8))
+
+
+@pytest.mark.parametrize("valid", [latency_with_stages, compare_with_roofs, recall_report, lambda: epoch(1, 99.0)])
+def test_no_damage_to_a_file_stops_the_page(valid, tmp_path):
+    """Each value in turn, objects and lists too, is exchanged for something else: the page is drawn, or the file is named."""
+    a_run(tmp_path / "run")
+    a_run(tmp_path / "other")
+    good = valid()
+    place = tmp_path / ("other/log.jsonl" if "epoch" in good else "file.json")
+    write(place, good)
+    assert write_report(tmp_path).unreadable == ()
+    named = 0
+    for path in leaves(good):
+        for junk in ("x", None, -1, 0, [], {}, [1], True, 1e300):
+            write(place, exchanged(good, path, junk))
+            written = write_report(tmp_path)
+            Page(written.path)
+            named += bool(written.unreadable)
+    assert named > 50

@@ -229,7 +229,7 @@ def _samples(path: Path, name: str, samples: list[tuple[str, list[Values]]], fou
             if b'"latency_ns"' not in first or b'"case"' not in first or path.stat().st_size > LARGEST_SAMPLES:
                 return
             lines = [json.loads(line) for line in (first, *file)]
-        shape.check([{"case": int, "phase": str, "latency_ns": int}], lines)
+        shape.check([{"case": int, "phase": str, "latency_ns": shape.POSITIVE}], lines)
         samples.append((name, lines))
     except (OSError, ValueError) as error:
         found.unreadable.append((name, _sentence(error)))

@@ -3,14 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-BLOCK = {"avg": float, "min": float, "max": float, "count": int, "p50?": float, "intervals?": {"*": [float]}}
+LARGEST = 1e18  # operations a second of a whole rack; beyond, axes have no ticks
+POSITIVE = "positive"
+PAIR = [float, float]
+BLOCK = {
+    **dict.fromkeys(("avg", "min", "max"), POSITIVE),
+    **dict.fromkeys(("p25?", "p50?", "p75?", "p90?", "p99?"), POSITIVE),
+    "count": int,
+    "intervals?": {"*": PAIR},
+}
 VALUE = {"avg": float}
+RATE = {"avg": POSITIVE}
 WAY = {"r1": float, "r5": float, "r10": float}
 RECALL = {"rsum": float, "i2t": WAY, "t2i": WAY, "protocol": {"images": int, "captions": int, "split": (str, None)}}
 ENVIRONMENT = {"cpu?": {"model?": (str, None), "logical_cores?": (int, None)}}
 
 LATENCY = {
-    "subject": {"bundle?": str, "bundle_hash?": str, "precision?": {"*": str}},
+    "subject": {"bundle?": str, "bundle_hash?": str, "precision?": {"*": str}, "threads?": int},
     "environment": ENVIRONMENT,
     "cases": [
         {
@@ -26,8 +35,8 @@ LATENCY = {
     ],
 }
 ROOFLINE = {
-    "intensity": float,
-    "achieved": {"operations_per_s": float, "bytes_per_s": float},
+    "intensity": POSITIVE,
+    "achieved": {"operations_per_s": POSITIVE, "bytes_per_s": float},
     "percent": {"gemm": float, "copy": float},
     "bound": str,
 }
@@ -40,27 +49,27 @@ COMPARE = {
             "batch": int,
             "stable": bool,
             "pareto": (bool, None),
-            "request_latency": {"p50": float, "intervals": {"p50": [float]}, "count": int},
-            "times_as_fast": {"against": str, "value": float, "interval": [float]},
+            "request_latency": {"p50": POSITIVE, "intervals": {"p50": [POSITIVE, POSITIVE]}, "count": int},
+            "times_as_fast": {"against": str, "value": float, "interval": PAIR},
             "round_medians_ms": [float],
             "recall": ({"rsum": float, "source": str, "protocol?": {"images?": int, "captions?": int}}, None),
             "roofline?": (ROOFLINE, None),
         }
     ],
-    "roofs?": ({"gemm": {"*": VALUE}, "copy": VALUE}, None),
+    "roofs?": ({"gemm": {"float32": RATE, "*": RATE}, "copy": RATE}, None),
 }
-INTERVALS = {"*": [float]}
+INTERVALS = {"r1": PAIR}
 BENCH_RECALL = {
     "subject": {"data": {"name": str}, "models?": [{"label": str, "bundle?": (str, None)}]},
-    "rows": [{"models": [str], "kind": str, "rerank": int, **RECALL, "rsum_interval": [float]}],
+    "rows": [{"models": [str], "rerank": int, **RECALL, "rsum_interval": PAIR}],
     "slices": [
         {"models": [str], "group": str, "slice": str, "captions": int, **WAY, "intervals": INTERVALS}
     ],
     "comparisons?": [
-        {"of": {"models": [str]}, "against": {"models": [str]}, "rsum_difference": float, "interval": [float]}
+        {"of": {"models": [str]}, "against": {"models": [str]}, "rsum_difference": float, "interval": PAIR}
     ],
     "hard_pairs?": [
-        {"models": [str], "differs": str, "pairs": int, "captions": {"value": float, "interval": [float]}}
+        {"models": [str], "differs": str, "pairs": int, "captions": {"value": float, "interval": PAIR}}
     ],
 }  # fmt: skip
 PARITY = {
@@ -77,8 +86,8 @@ class ShapeError(ValueError):
 
 
 def check(shape: Any, value: Any, where: str = "") -> None:
-    """Hold `value` against `shape`: a type, a mapping (a key that ends in `?` may be missing, `*` stands for every key), a list of one
-    shape, or a tuple of alternatives with None; what the shape does not name is not looked at.
+    """Hold `value` against `shape`: a type, POSITIVE, a mapping (a key that ends in `?` may be missing, `*` stands for every key), a list
+    of one shape for any number or of several for so many, or a tuple of a shape and None; what the shape does not name is not looked at.
 
     Raises:
         ShapeError: it does not fit; the words say where.
@@ -101,9 +110,17 @@ def check(shape: Any, value: Any, where: str = "") -> None:
     elif isinstance(shape, list):
         if not isinstance(value, list):
             raise ShapeError(f"{where} is no list")
+        if len(shape) > 1 and len(value) != len(shape):
+            raise ShapeError(f"{where} has {len(value)} entries, not {len(shape)}")
         for number, one in enumerate(value):
             check(shape[0], one, f"{where}[{number}]")
+    elif shape == POSITIVE:
+        check(float, value, where)
+        if value < 1 / LARGEST:
+            raise ShapeError(f"{where} is {value!r:.40}, not above 0")
     else:
         fits = isinstance(value, (int, float) if shape is float else shape)
+        if fits and shape in (int, float) and abs(value) > LARGEST:
+            raise ShapeError(f"{where} is {value!r:.40}, which was never measured")
         if not fits or (isinstance(value, bool) and shape is not bool):
             raise ShapeError(f"{where} is {value!r:.40}, not {'a number' if shape in (int, float) else shape.__name__}")

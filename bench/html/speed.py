@@ -107,16 +107,21 @@ def _stages(report: FoundReport) -> list[str]:
     """Medians of decode, pre-process, tokenise, copies and compute, where they were timed."""
     names = list(dict.fromkeys(
         key for case in report.values["cases"] for key, block in case.items()
-        if key.endswith("_time") and isinstance(block, Mapping) and "p50" in block and key not in ("queue_time", "service_time")
+        if key.endswith("_time") and _stage_median(block) != "-" and key not in ("queue_time", "service_time")
     ))  # fmt: skip
     if not names:
         return []
     cells = [
-        (case["encoder"], str(case["batch"]), *(format_number(case[n]["p50"]) if n in case else "-" for n in names))
+        (case["encoder"], str(case["batch"]), *(_stage_median(case.get(n)) for n in names))
         for case in report.values["cases"]
     ]
     heads = ("encoder", "batch", *(name.removesuffix("_time").replace("_", " ") for name in names))
     return [f"<details><summary>stages, median ms per call</summary>{table(heads, cells)}</details>"]
+
+
+def _stage_median(block: object) -> str:
+    median = block.get("p50") if isinstance(block, Mapping) else None
+    return format_number(median) if isinstance(median, int | float) else "-"
 
 
 def _interval(pair: Sequence[float] | None) -> str:
