@@ -201,18 +201,18 @@ def roofline_section(found: Findings) -> Section | None:
 
 def _roof_words(roofs: Values) -> str:
     rates = ", ".join(f"{shown(name)} {block['avg'] / 1e9:.0f}" for name, block in roofs["gemm"].items())
-    return f"Matrix product in Gop/s: {rates}; copy in GB/s: {roofs['copy']['avg'] / 1e9:.1f}."
+    return f"GEMM in G operations/s: {rates}; copy in GB/s: {roofs['copy']['avg'] / 1e9:.1f}."
 
 
 def _roofline(encoder: str, cases: Sequence[Values], roofs: Values) -> Markup:
-    cells = []
-    for number, case in enumerate(cases):
-        one, label = case["roofline"], f"{case['label']}, batch {case['batch']}"
-        cells.append((
-            str(number + 1), label, f"{one['intensity']:.1f}", f"{one['achieved']['operations_per_s'] / 1e9:.1f}",
-            f"{one['percent']['gemm']:.0f}", f"{one['percent']['copy']:.0f}", "arithmetic" if one["bound"] == "gemm" else "memory",
-        ))  # fmt: skip
+    points = [(f"{case['label']}, batch {case['batch']}", case["roofline"]) for case in cases]
+    cells = [
+        (
+            str(number), label, f"{one['intensity']:.1f}", f"{one['achieved']['operations_per_s'] / 1e9:.1f}",
+            f"{one['percent']['gemm']:.0f}", f"{one['percent']['copy']:.0f}", "GEMM" if one["bound"] == "gemm" else "copy",
+        )
+        for number, (label, one) in enumerate(points, 1)
+    ]  # fmt: skip
     title = f"{encoder} encoder against the roofs of this machine"
-    drawn = roofline.plot(title, roofs, [(cell[1], case["roofline"]) for cell, case in zip(cells, cases, strict=True)])
-    heads = ("", "variant", "operations per byte", "Gop/s", "% of product", "% of copy", "nearer roof")
-    return figure(drawn, table(heads, cells), heading=title)
+    heads = ("", "variant", "op/byte", "G op/s", "% of GEMM", "% of copy", "roof")
+    return figure(roofline.plot(title, roofs, points), table(heads, cells), heading=title)
