@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,10 @@ from .recall import Matrix, Ranks, RanksAcrossLines, nan_error, require_k, rows,
 
 _COLUMNS_PER_TILE, _ROWS_PER_TILE = 64, 512
 _GROUPS = 250
+_REACHING_PER_PAIR = 16
 
 Line = NDArray[np.float32]
+Part = TypeVar("Part")
 
 
 def i2t(similarity: Matrix, k1: int = 15) -> Ranks:
@@ -78,18 +81,60 @@ def t2i_through(similarity: Matrix, neighbours_QN: Ranks, k1: int) -> Ranks:
 def i2t_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
     """Every image's k1 best captions in the order of similarity and their addresses, both int64 (images, k1); raises as `i2t`."""
     candidates_QK = best_captions(similarity, k1)
-    images = np.repeat(np.arange(len(similarity)), k1)
-    scores = np.take_along_axis(similarity, candidates_QK, axis=1).astype(np.float32).ravel()
+    scores_QK = np.take_along_axis(similarity, candidates_QK, axis=1).astype(np.float32)
+    addresses_QK = _addresses_among_reaching(similarity, candidates_QK, scores_QK)
+    if addresses_QK is None:
+        addresses_QK = _counted_addresses(similarity, candidates_QK, scores_QK)
+    return candidates_QK, addresses_QK
+
+
+def _addresses_among_reaching(similarity: Matrix, candidates_QK: Ranks, scores_QK: Line) -> Ranks | None:
+    """Addresses by sorting, caption by caption, the scores that reach the least of its pairs' scores; None where they are not few.
+
+    They are few because a candidate's score is high in its row, and then mostly in its column. Among equal scores all over they are not.
+    """
+    num_images, num_captions = similarity.shape
+    lowest = np.full(num_captions, np.inf, np.float32)
+    np.minimum.at(lowest, candidates_QK.ravel(), scores_QK.ravel())
+
+    def reaching(start: int, stop: int) -> tuple[Ranks, Line] | None:
+        """(places in the flat matrix, scores), by place."""
+        places, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        room = _REACHING_PER_PAIR * candidates_QK[start:stop].size
+        for index, row in rows(similarity, start, stop):
+            captions = (row >= lowest).nonzero()[0]
+            room -= len(captions)
+            if room < 0:
+                return None
+            places.append(captions + index * num_captions)
+            scores.append(row[captions])
+        return np.concatenate(places), np.concatenate(scores)
+
+    parts = _in_parts(num_images, reaching)
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    places, scores = (np.concatenate(values) for values in zip(*found, strict=True))
+    captions = places % num_captions
+    order = np.lexsort((places, -scores, captions))  # equal scores by the smaller image
+    first = np.searchsorted(captions[order], np.arange(num_captions))
+    positions = np.empty(len(places), np.int64)
+    positions[order] = np.arange(len(places)) - first[captions[order]]
+    pairs = np.arange(num_images)[:, None] * num_captions + candidates_QK
+    return positions[np.searchsorted(places, pairs)]
+
+
+def _counted_addresses(similarity: Matrix, candidates_QK: Ranks, scores_QK: Line) -> Ranks:
+    """Addresses by counting, down a pair's column, what ranks above the image's own row: no column is copied or sorted."""
+    images = np.repeat(np.arange(len(similarity)), candidates_QK.shape[1])
 
     def counted(start: int, stop: int) -> Ranks:
-        addresses = RanksAcrossLines(len(similarity), images, scores, candidates_QK.ravel())
+        addresses = RanksAcrossLines(len(similarity), images, scores_QK.ravel(), candidates_QK.ravel())
         for index, row in rows(similarity, start, stop):
             addresses.count(index, row)
         return addresses.ranks()
 
-    # A pair's address counts, down the caption's column, what ranks above the image's own row: no column is copied or sorted.
-    addresses = np.sum(_in_parts(len(similarity), counted), axis=0)
-    return candidates_QK, addresses.reshape(candidates_QK.shape)
+    return np.sum(_in_parts(len(similarity), counted), axis=0).reshape(candidates_QK.shape)
 
 
 def t2i_addresses(similarity: Matrix, k1: int = 15) -> tuple[Ranks, Ranks]:
@@ -116,7 +161,7 @@ def best_images(similarity: Matrix, k: int) -> Ranks:
     return _best(columns(similarity), num_captions, num_images, k)
 
 
-def _in_parts(num_rows: int, work: Callable[[int, int], Ranks]) -> list[Ranks]:
+def _in_parts(num_rows: int, work: Callable[[int, int], Part]) -> list[Part]:
     """What `work` gives of rows from `start` to before `stop`, in order, in as many parts and threads as there are cores."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bounds = [num_rows * part // threads for part in range(threads + 1)]

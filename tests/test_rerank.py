@@ -159,3 +159,27 @@ def test_nan_is_named_where_it_is(way):
 def test_what_is_no_matrix(way, wrong):
     with pytest.raises(DualmatchError, match="images by captions"):
         way(wrong, 1)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_addresses_sorted_and_counted_are_the_same(monkeypatch, levels):
+    similarity = with_ties(70, 90, seed=levels, levels=levels)
+    candidates, addresses = rerank.i2t_addresses(similarity, 5)
+    monkeypatch.setattr(rerank, "_addresses_among_reaching", lambda *_: None)
+    counted_candidates, counted = rerank.i2t_addresses(similarity, 5)
+    assert (candidates == counted_candidates).all()
+    assert (addresses == counted).all()
+
+
+def test_addresses_are_counted_where_half_the_matrix_reaches_the_candidates(monkeypatch):
+    # Caption i is image i's best, and every later image scores it as high.
+    places = np.arange(70)
+    similarity = np.where(places <= places[:, None], places, -1).astype(np.float32)
+    called = []
+    counted = rerank._counted_addresses
+    monkeypatch.setattr(rerank, "_counted_addresses", lambda *given: called.append(1) or counted(*given))
+    assert rerank.i2t(similarity, 1).tolist() == slow_i2t(similarity, 1)
+    assert rerank.i2t_addresses(similarity, 2)[1].tolist() == [
+        [order(similarity[:, caption]).index(image) for caption in order(similarity[image])[:2]] for image in places
+    ]
+    assert called, "the list of scores that reach a candidate's would hold half the matrix"
