@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ _GROUPS = 250
 _REACHING_PER_PAIR = 16
 
 Line = NDArray[np.float32]
-Part = TypeVar("Part")
 
 
 def i2t(similarity: Matrix, k1: int = 15) -> Ranks:
@@ -97,24 +95,16 @@ def _addresses_among_reaching(similarity: Matrix, candidates_QK: Ranks, scores_Q
     lowest = np.full(num_captions, np.inf, np.float32)
     np.minimum.at(lowest, candidates_QK.ravel(), scores_QK.ravel())
 
-    def reaching(start: int, stop: int) -> tuple[Ranks, Line] | None:
-        """(places in the flat matrix, scores), by place."""
-        places, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-        room = _REACHING_PER_PAIR * candidates_QK[start:stop].size
-        for index, row in rows(similarity, start, stop):
-            captions = (row >= lowest).nonzero()[0]
-            room -= len(captions)
-            if room < 0:
-                return None
-            places.append(captions + index * num_captions)
-            scores.append(row[captions])
-        return np.concatenate(places), np.concatenate(scores)
-
-    parts = _in_parts(num_images, reaching)
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
-        return None
-    places, scores = (np.concatenate(values) for values in zip(*found, strict=True))
+    # One thread: calls as short as these spend more on handing the interpreter over than a second core gives.
+    places_of, scores_of, room = [], [], _REACHING_PER_PAIR * candidates_QK.size
+    for index, row in rows(similarity):
+        captions = (row >= lowest).nonzero()[0]
+        room -= len(captions)
+        if room < 0:
+            return None
+        places_of.append(captions + index * num_captions)
+        scores_of.append(row[captions])
+    places, scores = np.concatenate(places_of), np.concatenate(scores_of)
     captions = places % num_captions
     order = np.lexsort((places, -scores, captions))  # equal scores by the smaller image
     first = np.searchsorted(captions[order], np.arange(num_captions))
@@ -147,11 +137,7 @@ def best_captions(similarity: Matrix, k: int) -> Ranks:
     """The k best captions of every image, int64 (images, k), in the order of similarity; raises as `i2t`."""
     num_images, num_captions = shape_of(similarity)
     require_k(k, num_captions, "captions")
-
-    def best(start: int, stop: int) -> Ranks:
-        return _best(rows(similarity, start, stop), stop - start, num_captions, k)
-
-    return np.concatenate(_in_parts(num_images, best))
+    return _best(rows(similarity), num_images, num_captions, k)
 
 
 def best_images(similarity: Matrix, k: int) -> Ranks:
@@ -161,7 +147,7 @@ def best_images(similarity: Matrix, k: int) -> Ranks:
     return _best(columns(similarity), num_captions, num_images, k)
 
 
-def _in_parts(num_rows: int, work: Callable[[int, int], Part]) -> list[Part]:
+def _in_parts(num_rows: int, work: Callable[[int, int], Ranks]) -> list[Ranks]:
     """What `work` gives of rows from `start` to before `stop`, in order, in as many parts and threads as there are cores."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bounds = [num_rows * part // threads for part in range(threads + 1)]
