@@ -1,5 +1,6 @@
 """Fixtures shared by several files: the tiny networks' ONNX graphs, each exported once in a session."""
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,13 @@ from .demo_fixture import attentive, demo, small_bundle, small_run  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    """Every file begins with torch on one thread, whatever a benchmark tested before it has set: other threads, other last bits."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @dataclass(frozen=True)
