@@ -20,6 +20,18 @@ from .common import data_option, default_cache, existing, json_option, print_jso
     "--split", default="test", show_default=True, help="Splits that the rows are compared on, separated by commas."
 )
 @click.option(
+    "--folds",
+    type=click.IntRange(2, 100),
+    help="In place of --split: cut all images into so many folds, train each row once a fold, and compare on every image.",
+)
+@click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    metavar="LABEL",
+    help="Train this row only; several are allowed. The summary holds all that are there.",
+)
+@click.option(
     "--set",
     "overrides",
     multiple=True,
@@ -37,6 +49,8 @@ def command(
     out: Path,
     seeds: str,
     split: str,
+    folds: int | None,
+    rows: tuple[str, ...],
     overrides: tuple[str, ...],
     cache: Path | None,
     device: Literal["cpu", "cuda"],
@@ -48,7 +62,7 @@ def command(
     """Train the rows of STUDY with several seeds, and compare them: recall, hard pairs, paired intervals.
 
     Studies: scenes, scenes-places, scenes-curves, flickr8k. What is finished in --out is not done again, an interrupted run is continued.
-    Leaves OUT/STUDY.json and OUT/STUDY.md.
+    Leaves OUT/STUDY.json and OUT/STUDY.md (with folds OUT/STUDY-foldsN.json and .md).
     """
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.runtime.files import write_atomically
@@ -62,18 +76,22 @@ def command(
     numbers = [part.strip() for part in seeds.split(",")]
     if not all(part.isdecimal() for part in numbers):
         raise click.UsageError(f"--seeds takes whole numbers separated by commas, got {seeds!r}.")
+    if folds and click.get_current_context().get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--folds takes every image in turn as a test image; leave --split out.")
     chosen, dataset, wanted = [int(part) for part in numbers], open_dataset(data), splits(split)
+    wanted_rows = STUDIES[study].only(rows) if rows else STUDIES[study]
     if not no_train:
         try:
             with progress_reports() as progress:
                 run_study(
-                    STUDIES[study],
+                    wanted_rows,
                     dataset,
                     out,
                     data_name=data,
                     cache=cache or default_cache(),
                     seeds=chosen,
                     splits=wanted,
+                    folds=folds or 1,
                     overrides=overrides,
                     device=device,
                     workers=workers,
@@ -82,10 +100,10 @@ def command(
         except TrainingStoppedError as stopped:
             click.echo(f"dualmatch: {stopped}", err=True)
             raise SystemExit(130) from None
-    summary = summarise(STUDIES[study], dataset, out, seeds=chosen, splits=wanted)
-    text = markdown(summary)
-    write_atomically(out / f"{study}.json", json.dumps(summary, indent=2) + "\n")
-    write_atomically(out / f"{study}.md", text)
+    summary = summarise(STUDIES[study], dataset, out, seeds=chosen, splits=wanted, folds=folds or 1)
+    text, name = markdown(summary), f"{study}-folds{folds}" if folds else study
+    write_atomically(out / f"{name}.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(out / f"{name}.md", text)
     if as_json:
         print_json(summary)
     else:

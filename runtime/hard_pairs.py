@@ -11,13 +11,18 @@ from .recall import Matrix, checked_caption_image, shape_of
 DIFFERENCES = ("relation", "setting")
 
 
+def has_pairs(dataset: Dataset) -> bool:
+    """Whether the data set comes in hard pairs."""
+    return any(name == "pair" for item in dataset.items for name, _ in item.tags)
+
+
 def partners(dataset: Dataset) -> NDArray[np.int64] | None:
     """For each image the index of the one it makes a hard pair with, (images,); None where the data set has no pairs.
 
     Raises:
         DualmatchError: an image whose partner is not among them.
     """
-    if not any(name == "pair" for item in dataset.items for name, _ in item.tags):
+    if not has_pairs(dataset):
         return None
     row_of = {item.id: row for row, item in enumerate(dataset.items)}
     try:

@@ -14,9 +14,12 @@ from dualmatch.models.config import DsranConfig, TrunkConfig
 from dualmatch.runtime.datasets import Dataset, ImageItem, make_scenes
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.hard_pairs import told_apart
+from dualmatch.runtime.recall import evaluate as recall_of
 from dualmatch.training import study as study_module
 from dualmatch.training.catalogue import catalogue
+from dualmatch.training.checkpoint import load_run
 from dualmatch.training.evaluation import embed_from_cache, evaluate_run, write_embeddings
+from dualmatch.training.folds import parts_of
 from dualmatch.training.paper_recipes import ABLATIONS
 from dualmatch.training.recipe import load_recipe
 from dualmatch.training.resume import changed_options, is_finished
@@ -137,9 +140,9 @@ TWO = Study(
 )
 
 
-def pretended(out, recipe, seed, data, noise):
+def pretended(out, recipe, seed, data, noise, part=None):
     """A run folder whose embeddings retrieve the worse, the more noise there is."""
-    folder = run_folder(out, recipe, seed)
+    folder = run_folder(out, recipe, seed, part)
     folder.mkdir(parents=True)
     chance = np.random.default_rng(seed)
     images = chance.normal(size=(len(data.items), 16))
@@ -375,3 +378,84 @@ def test_a_sweep_is_drawn_from_runs(tmp_path):
     done = dualmatch("bench", "sweep", *runs, "--over", "model.joint_graphs", "--out", tmp_path / "again.svg")
     assert f"model.joint_graphs = 2: best validation Rsum {best[2]:.1f}" in done.out
     assert not (tmp_path / "x.svg").exists()
+
+
+# Folds.
+
+
+def photographs(count, **options):
+    items = tuple(ImageItem(id=f"{n}.jpg", split="none", captions=("a", "b"), **options) for n in range(count))
+    return Dataset(name="photographs", layout="captions", items=items)
+
+
+def test_folds_test_every_image_once_and_never_train_on_it():
+    data = photographs(53)
+    parts = parts_of(data, ["test"], 5)
+    tested = [[item.id for item in part.compared.items] for part in parts]
+    assert sorted(name for ids in tested for name in ids) == sorted(item.id for item in data.items)
+    assert {len(ids) for ids in tested} == {10, 11}
+    for part, ids in zip(parts, tested, strict=True):
+        splits = {split: {item.id for item in part.dataset.select([split]).items} for split in ("train", "val")}
+        assert splits["train"] | splits["val"] | set(ids) == {item.id for item in data.items}
+        assert len(splits["train"]) + len(splits["val"]) + len(ids) == 53  # no image is in two
+        assert len(splits["val"]) == 8
+    # Which fold an image is in follows from ids, not from the order in which a reader gives them.
+    turned = parts_of(replace(data, items=data.items[::-1]), ["test"], 5)
+    assert [{item.id for item in part.compared.items} for part in turned] == [set(ids) for ids in tested]
+    # Not every fifth in the data's order, which may be the order in which photographs were taken.
+    assert tested[0] != [item.id for item in data.items if item.id in (f"{n}.jpg" for n in range(0, 53, 5))]
+
+
+def test_folds_are_refused_where_they_would_mean_nothing():
+    with pytest.raises(DualmatchError, match="hard pairs, which folds would tear apart"):
+        parts_of(scenes(), ["test"], 2)
+    with pytest.raises(DualmatchError, match="49 images are too few for 5 folds"):
+        parts_of(photographs(49), ["test"], 5)
+
+
+def test_a_summary_of_folds_ranks_each_by_itself_and_pairs_all_images(tmp_path):
+    data = photographs(40)
+    parts = parts_of(data, ["test"], 4)
+    rsums = {}
+    for recipe, noise in (("weak-recipe", 1.6), ("strong-recipe", 0.6)):
+        for part in parts:
+            similarity = pretended(tmp_path, recipe, 0, part.compared, noise, part)
+            rsums.setdefault(recipe, []).append(recall_of(similarity, captions_per_image=2).rsum)
+    found = summarise(TWO, data, tmp_path, seeds=[0], splits=["test"], folds=4)
+    weak, strong = found["rows"]
+    assert weak["runs"][0]["rsum"] == pytest.approx(np.mean(rsums["weak-recipe"]))
+    assert "average of 4 folds" in found["protocol"]
+    assert "40 images" in found["protocol"]
+    (contrast,) = found["contrasts"]
+    assert contrast["rsum"]["difference"] == pytest.approx(strong["rsum"]["mean"] - weak["rsum"]["mean"])
+    assert contrast["rsum"]["low"] > 0
+    shutil.rmtree(run_folder(tmp_path, "strong-recipe", 0, parts[3]))  # a seed counts when all its folds are there
+    assert summarise(TWO, data, tmp_path, seeds=[0], splits=["test"], folds=4)["missing"] == ["strong, seed 0"]
+
+
+def test_a_study_in_folds_trains_each_fold_on_the_others(tmp_path):
+    items = tuple(replace(item, tags=()) for item in scenes().items)
+    data = replace(scenes(), name="photographs", layout="captions", items=items)
+    study = TINY.only(["global"])
+    arguments = {"data_name": "x", "cache": tmp_path / "cache", "seeds": [3], "splits": ["test"], "workers": 0}
+    overrides = [*SIZES, "train.epochs=1"]
+    run_study(study, data, tmp_path / "out", folds=2, overrides=overrides, **arguments)
+    runs = sorted(path.name for path in (tmp_path / "out" / TINY.rows["global"]).iterdir())
+    assert runs == ["fold0of2-seed3", "fold1of2-seed3"]
+    found = summarise(TINY, data, tmp_path / "out", seeds=[3], splits=["test"], folds=2)
+    for fold, part in enumerate(parts_of(data, ["test"], 2)):
+        folder = tmp_path / "out" / TINY.rows["global"] / f"fold{fold}of2-seed3"
+        with np.load(folder / "embeddings-test.npz") as arrays:
+            assert arrays["image_ids"].tolist() == [item.id for item in part.compared.items]
+        assert is_finished(load_run(folder).recipe, part.dataset, folder)
+    assert found["rows"][0]["runs"][0]["protocol"]["images"] == 48
+
+
+def test_rows_of_a_study_are_chosen_by_label(tmp_path):
+    assert list(TINY.only(["both"]).rows) == ["both"]
+    with pytest.raises(DualmatchError, match="no row 'bth'; it has global; both"):
+        TINY.only(["bth"])
+    arguments = ("bench", "ablation", "scenes", "--data", "scenes", "--out", tmp_path)
+    assert dualmatch(*arguments, "--folds", "5", "--split", "val").code == 2
+    done = dualmatch(*arguments, "--row", "all")
+    assert (done.code, "no row 'all'" in done.err) == (1, True)

@@ -1,6 +1,9 @@
 """Studies: recipes that are trained on the same data with the same seeds, and compared in one table. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dualmatch.runtime.errors import DualmatchError
 
 LINES = ("global", "global, SSR", "regional", "regional, SSR", "both", "both, SSR", "both, JSR", "both, SSR, JSR")
 WHOLE = LINES[-1]
@@ -32,6 +35,17 @@ class Study:
     description: str
     rows: dict[str, str]
     contrasts: tuple[tuple[str, str], ...]
+
+    def only(self, labels: Sequence[str]) -> "Study":
+        """The study of some of its rows; its contrasts are those of all.
+
+        Raises:
+            DualmatchError: a label that it does not have.
+        """
+        for label in labels:
+            if label not in self.rows:
+                raise DualmatchError(f"the study has no row {label!r}; it has {'; '.join(self.rows)}.")
+        return replace(self, rows={label: name for label, name in self.rows.items() if label in labels})
 
 
 def _table3(base: str, first: int) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Run a study: train and evaluate each of its rows with each seed, one after another; what is finished is not done again.
 
-OUT/RECIPE/seedN                          a run, as `dualmatch train` leaves it
+OUT/RECIPE/seedN                          a run, as `dualmatch train` leaves it; with folds OUT/RECIPE/foldFofM-seedN
 OUT/RECIPE/seedN/embeddings-SPLIT.npz     embeddings of the evaluated splits by its best epoch
 """
 
@@ -16,6 +16,7 @@ from dualmatch.runtime.files import sha256_of_file
 
 from .evaluation import embed_from_cache, write_embeddings
 from .features import Progress, no_progress
+from .folds import parts_of
 from .interrupt import TrainingStoppedError
 from .loop import train
 from .recipe import load_recipe
@@ -33,6 +34,7 @@ def run_study(
     cache: Path,
     seeds: Sequence[int],
     splits: Sequence[str],
+    folds: int = 1,
     overrides: Sequence[str] = (),
     device: str = "cpu",
     workers: int = 2,
@@ -43,31 +45,37 @@ def run_study(
     A frozen trunk's features are taken from the cache in training and in evaluation alike (see `embed_from_cache`).
 
     Args:
-        splits: joined into the set that the rows are compared on.
+        splits: joined into the set that the rows are compared on; not read with folds.
+        folds: with more than one, each row and seed is trained so many times, and tested on another share of all images each time.
         overrides: `key=value` options that every row is trained with.
 
     Raises:
         DualmatchError: a run in `out` is another one than the study's, or as `train`.
         TrainingStoppedError: it was asked to stop; the same call goes on where it stopped.
     """
-    compared = dataset.select(splits)
     # All recipes are read before the first is trained: an option that one of them does not have shows now, not hours later.
     runs = [
-        (label, seed, run_folder(out, name, seed), load_recipe(name, [*overrides, f"train.seed={seed}"]))
+        (
+            label,
+            part,
+            run_folder(out, name, seed, part),
+            load_recipe(name, [*part.overrides, *overrides, f"train.seed={seed}"]),
+        )
         for seed in seeds
+        for part in parts_of(dataset, splits, folds)
         for label, name in study.rows.items()
     ]
-    for label, seed, folder, recipe in runs:
+    for label, part, folder, recipe in runs:
 
-        def report(what: str, done: int, total: int, prefix: str = f"{label}, seed {seed}") -> None:
+        def report(what: str, done: int, total: int, prefix: str = f"{label}, {folder.name}") -> None:
             progress(f"{prefix}: {what}", done, total)
 
-        if not is_finished(recipe, dataset, folder):
+        if not is_finished(recipe, part.dataset, folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 train(
                     recipe,
-                    dataset,
+                    part.dataset,
                     folder,
                     data_name=data_name,
                     cache=cache,
@@ -79,7 +87,7 @@ def run_study(
             except TrainingStoppedError as stopped:
                 where = str(stopped).partition(":")[0]
                 raise TrainingStoppedError(f"{where}: the same command continues the study.") from None
-        _evaluate(folder, compared, cache, report)
+        _evaluate(folder, part.compared, cache, report)
 
 
 def _evaluate(folder: Path, compared: Dataset, cache: Path, progress: Progress) -> None:

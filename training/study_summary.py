@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 from dualmatch.runtime.bootstrap import interval, losses
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.hard_pairs import DIFFERENCES, partners, told_apart
-from dualmatch.runtime.recall import Ranks, Recall, evaluate, ranks
+from dualmatch.runtime.hard_pairs import DIFFERENCES, has_pairs, partners, told_apart
+from dualmatch.runtime.recall import Ranks, Recall, ranks
+from dualmatch.runtime.recall import summary as recall_of
 
+from .folds import Part, parts_of
 from .studies import Study
 
 Points = NDArray[np.float64]
 FORMAT = "dualmatch-study"
 
 
-def run_folder(out: Path, recipe: str, seed: int) -> Path:
+def run_folder(out: Path, recipe: str, seed: int, part: Part | None = None) -> Path:
     """Where a study keeps a run."""
-    return out / recipe / f"seed{seed}"
+    return out / recipe / f"{'' if part is None else part.prefix}seed{seed}"
 
 
 def embeddings_path(folder: Path, splits: Sequence[str]) -> Path:
@@ -34,20 +36,20 @@ def embeddings_path(folder: Path, splits: Sequence[str]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run on the compared images.
+    """A row with one seed on the compared images: one run, or one for each fold.
 
     Attributes:
-        ranks: of the image queries and of the caption queries, 0-based.
+        ranks: of the image queries and of the caption queries, 0-based, each fold ranked by itself, one fold behind the other.
         apart: by what hard pairs differ in: see `hard_pairs.told_apart`, in percent; empty for data without hard pairs.
-        best: epoch and validation Rsum of the checkpoint.
-        epochs: that the run was trained for.
+        best: epoch and validation Rsum of the checkpoint, averaged over folds.
+        epochs: that a run was trained for.
     """
 
     seed: int
     recall: Recall
     ranks: tuple[Ranks, Ranks]
     apart: dict[str, Points]
-    best: dict[str, Any]
+    best: dict[str, float]
     epochs: int
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class Measured:
 
 
 def summarise(
-    study: Study, dataset: Dataset, out: Path, *, seeds: Sequence[int], splits: Sequence[str]
+    study: Study, dataset: Dataset, out: Path, *, seeds: Sequence[int], splits: Sequence[str], folds: int = 1
 ) -> dict[str, Any]:
     """The study as JSON values: rows, contrasts, and which runs are missing.
 
@@ -74,15 +76,17 @@ def summarise(
     Raises:
         DualmatchError: no run is there, or embeddings of other images.
     """
-    compared = dataset.select(splits)
+    parts = parts_of(dataset, splits, folds)
     measured = {
         label: [
-            _measured(folder, compared, seed)
+            _measured(out, recipe, parts, seed)
             for seed in seeds
-            if embeddings_path(folder := run_folder(out, recipe, seed), compared.splits).is_file()
+            if all(_embeddings(out, recipe, part, seed).is_file() for part in parts)
         ]
         for label, recipe in study.rows.items()
     }
+    owners = _owners(parts)
+    pair = partners(parts[0].compared) if len(parts) == 1 else None
     if not any(measured.values()):
         raise DualmatchError(f"{out} holds no evaluated run of this study; train it first.")
     return {
@@ -95,7 +99,7 @@ def summarise(
         "contrasts": [
             contrast
             for before, after in study.contrasts
-            if (contrast := _contrast(before, after, measured, compared)) is not None
+            if (contrast := _contrast(before, after, measured, owners, pair)) is not None
         ],
         "missing": [
             f"{label}, seed {seed}"
@@ -106,24 +110,41 @@ def summarise(
     }
 
 
-def _measured(folder: Path, compared: Dataset, seed: int) -> Measured:
-    path = embeddings_path(folder, compared.splits)
-    with np.load(path) as arrays:
-        images, captions, ids = arrays["images"], arrays["captions"], arrays["image_ids"].tolist()
-    if ids != [item.id for item in compared.items]:
-        raise DualmatchError(f"{path} holds embeddings of other images than data set {compared.name!r} has now.")
-    similarity = images @ captions.T
-    owners = compared.caption_image
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    best = max(log, key=lambda line: line["val_rsum"])
-    has_pairs = partners(compared) is not None
+def _embeddings(out: Path, recipe: str, part: Part, seed: int) -> Path:
+    return embeddings_path(run_folder(out, recipe, seed, part), part.compared.splits)
+
+
+def _owners(parts: Sequence[Part]) -> NDArray[np.int64]:
+    """For each caption, one part behind the other, the row of its image."""
+    counts = [len(item.captions) for part in parts for item in part.compared.items]
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _measured(out: Path, recipe: str, parts: Sequence[Part], seed: int) -> Measured:
+    found: list[tuple[Ranks, Ranks]] = []
+    apart: dict[str, Points] = {}
+    bests, epochs = [], 0
+    for part in parts:
+        compared, path = part.compared, _embeddings(out, recipe, part, seed)
+        with np.load(path) as arrays:
+            images, captions, ids = arrays["images"], arrays["captions"], arrays["image_ids"].tolist()
+        if ids != [item.id for item in compared.items]:
+            raise DualmatchError(f"{path} holds embeddings of other images than data set {compared.name!r} has now.")
+        similarity = images @ captions.T
+        found.append(ranks(similarity, compared.caption_image))
+        if has_pairs(compared):
+            apart = {what: 100 * told_apart(similarity, compared, what) for what in DIFFERENCES}
+        log = [json.loads(line) for line in path.with_name("log.jsonl").read_text(encoding="utf-8").splitlines()]
+        bests.append(max(log, key=lambda line: line["val_rsum"]))
+        epochs = len(log)
+    split = ", ".join(parts[0].compared.splits)
     return Measured(
         seed=seed,
-        recall=evaluate(similarity, caption_image=owners, split=", ".join(compared.splits)),
-        ranks=ranks(similarity, owners),
-        apart={what: 100 * told_apart(similarity, compared, what) for what in DIFFERENCES} if has_pairs else {},
-        best={"epoch": best["epoch"], "val_rsum": best["val_rsum"]},
-        epochs=len(log),
+        recall=recall_of(found, _owners(parts), split=split),
+        ranks=(np.concatenate([one for one, _ in found]), np.concatenate([one for _, one in found])),
+        apart=apart,
+        best={key: fmean(best[key] for best in bests) for key in ("epoch", "val_rsum")},
+        epochs=epochs,
     )
 
 
@@ -148,13 +169,18 @@ def _row(label: str, recipe: str, runs: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _contrast(before: str, after: str, measured: dict[str, list[Measured]], compared: Dataset) -> dict[str, Any] | None:
+def _contrast(
+    before: str,
+    after: str,
+    measured: dict[str, list[Measured]],
+    owners: NDArray[np.int64],
+    pair: NDArray[np.int64] | None,
+) -> dict[str, Any] | None:
     """What the second row has more than the first; None where they have no seed in common."""
     first, second = ({run.seed: run for run in measured[label]} for label in (before, after))
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    owners, pair = np.asarray(compared.caption_image), partners(compared)
     lost = np.mean([losses(first[seed].ranks, second[seed].ranks, owners) for seed in seeds], axis=0)
     found: dict[str, Any] = {"without": before, "with": after, "seeds": seeds, "rsum": _gain(lost, pair)}
     for what in first[seeds[0]].apart:
