@@ -125,7 +125,7 @@ class Comparison:
         drawn = {}
         for (encoder, batch), group in self.groups.items():
             points = [(r.label, r.median.value / 1e6, float(r.recall["rsum"])) for r in group if r.recall is not None]
-            if points:
+            if points and _same_protocol([r for r in group if r.recall is not None]):
                 drawn[f"pareto-{encoder}-{batch}.svg"] = picture(f"{encoder} encoder, batch {batch}", points)
         for encoder in dict.fromkeys(r.encoder for r in self.results):
             rooflines = [(r, self.roofline(r)) for r in self.results if r.encoder == encoder]
@@ -163,6 +163,10 @@ class Comparison:
             shown += [table, Text()]
         sources = sorted({r.recall["source"] for r in self.results if r.recall is not None})
         shown.append(Text(f"Variants took turns, A B B A. Recall: {'; '.join(sources) or 'not known'}."))
+        if not _same_protocol([r for r in self.results if r.recall is not None]):
+            shown.append(
+                Text("No Pareto front: the variants' recall is of different pairs; --data measures all on the same.")
+            )
         if self.roofs is not None:
             shown.append(Text(f"{roofs_line(self.roofs)}. GEMM, copy: the share of each that the median call reaches."))
         shown += [Text(f"No roofline: {reason}") for reason in self.uncounted]
@@ -173,9 +177,15 @@ def _against(result: VariantResult, group: Sequence[VariantResult]) -> Ratio:
     return ratio(result.round_medians, group[0].round_medians)
 
 
+def _same_protocol(results: Sequence[VariantResult]) -> bool:
+    return all(r.recall["protocol"] == results[0].recall["protocol"] for r in results if r.recall and results[0].recall)
+
+
 def _on_front(group: Sequence[VariantResult]) -> list[bool | None]:
-    """Whether each variant is on the front; None where its recall is not known."""
+    """Whether each variant is on the front; None where its recall is not known, and for all where recalls are not of the same pairs."""
     known = [r for r in group if r.recall is not None]
+    if not _same_protocol(known):
+        return [None] * len(group)
     on = iter(front([(r.median.value, float(r.recall["rsum"])) for r in known if r.recall is not None]))
     return [None if r.recall is None else next(on) for r in group]
 

@@ -9,6 +9,7 @@ import pytest
 
 from dualmatch.bench import compare as compare_module
 from dualmatch.bench.baseline import against_baseline
+from dualmatch.bench.bundle_compare import Comparison, _on_front
 from dualmatch.bench.case import Bench, Case
 from dualmatch.bench.compare import Variant, compare, ratio
 from dualmatch.bench.pareto import front, picture
@@ -192,6 +193,25 @@ def test_a_throttled_backend_is_ranked_slower(compared) -> None:
     assert plain["times_as_fast"]["value"] == 1
     assert plain["pareto"] is True
     assert throttled["pareto"] is False  # the same recall, slower
+
+
+def test_recalls_of_other_pairs_make_no_front() -> None:
+    def result(label, latency, rsum, images):
+        return compare_module.VariantResult(
+            label=label, encoder="image", batch=1, provider="x", blocks=(np.full(5, latency),) * 8, warmed_up=True, load_ns=1,
+            recall={"rsum": rsum, "protocol": {"images": images}, "source": "recorded by the gate at export"},
+        )  # fmt: skip
+
+    slow, quick, elsewhere = (
+        result("slow", 2e6, 300.0, 100),
+        result("quick", 1e6, 301.0, 100),
+        result("x", 3e6, 500.0, 9),
+    )
+    assert _on_front([slow, quick]) == [False, True]
+    assert _on_front([slow, quick, elsewhere]) == [None, None, None]
+    report = Comparison(results=(slow, quick, elsewhere), subject={}, environment={})
+    assert report.pictures() == {}
+    assert "recall is of different pairs" in " ".join(map(str, report.tables().renderables))
 
 
 def test_recall_stands_beside_speed(compared, demo) -> None:

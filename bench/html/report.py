@@ -126,6 +126,7 @@ def _missing(root: Path, found: Findings, pictures: Pictures | None, dataset: Da
     data = quote(str(found.data[0])) if found.data else "DATA"
     if dataset is not None:
         data = quote(str(dataset.root or dataset.name))
+    split = "test" if dataset is None else quote(",".join(dataset.splits))
     second = _path(root, found.bundles[1].name) if len(found.bundles) > 1 else "BUNDLE2"
     here = quote(str(root))
     wanted = [
@@ -148,9 +149,9 @@ def _missing(root: Path, found: Findings, pictures: Pictures | None, dataset: Da
         (
             found.recalls,
             "recall by kind of caption",
-            f"dualmatch bench recall {bundle} --data {data} --split test --out {here}/recall.json",
+            f"dualmatch bench recall {bundle} --data {data} --split {split} --out {here}/recall.json",
         ),
-        (pictures, "retrieval sheets and failures", f"dualmatch report {here} --data {data} --split test"),
+        (pictures, "retrieval sheets and failures", f"dualmatch report {here} --data {data} --split {split}"),
     ]
     missing = [(what, command) for there, what, command in wanted if not there]
     if found.comparisons and not any(report.values.get("roofs") for report in found.comparisons):
