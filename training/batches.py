@@ -195,7 +195,8 @@ class Batches:
             return inputs, self.maps.load([self.stems[plan.images[row]][plan.views[row]] for row in rows])
         if self.takes_pixels:
             pixels = self.pixels[images] if self.pixels is not None else self._decoded(plan, rows)
-            inputs["pixels"] = torch.from_numpy(pixels)
+            # Channels last in memory, which a trunk's convolutions are faster on; the values are the same.
+            inputs["pixels"] = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
         return inputs, {}
 
     def _decoded(self, plan: Plan, rows: range) -> NDArray[np.float32]:
