@@ -43,7 +43,30 @@ def test_every_row_of_a_study_is_a_recipe_and_listed():
         assert len(set(study.rows.values())) == len(study.rows)
         assert {label for contrast in study.contrasts for label in contrast} <= set(study.rows)
         for name in study.rows.values():
-            assert listed[name]["needs"] or name in ("scenes-vsrn", "flickr8k-linear-minilm-resnet152")
+            assert listed[name]["needs"] or name == "scenes-vsrn"
+
+
+def test_the_global_line_on_photographs_is_the_linear_head():
+    linear, line = (
+        load_recipe(name) for name in ("flickr8k-linear-minilm-resnet152", STUDIES["flickr8k"].rows["global"])
+    )
+    changed = {option for option in changed_options(linear.to_json(), line.to_json()) if option.startswith("model.")}
+    # What belongs to regions or to graphs, and the network has neither.
+    assert changed == {
+        "model.regions.source",
+        "model.regions.stage",
+        "model.joint_graphs",
+        "model.norm",
+        "model.zero_residual",
+    }
+    shapes = []
+    for recipe in (linear, line):
+        text = replace(recipe.model.text, encoder="gru", pretrained="none", frozen=False, vocabulary_size=9)
+        with torch.device("meta"):
+            encoder = DSRAN(replace(recipe.model, text=text), None).image_encoder
+        shapes.append({name: value.shape for name, value in encoder.state_dict().items()})
+    assert shapes[0] == shapes[1]
+    assert not any("graph" in name for name in shapes[0])
 
 
 @pytest.mark.parametrize(("study", "base"), [("scenes", "scenes-dsran-gru"), ("flickr8k", "flickr8k-dsran-boxes")])
