@@ -208,6 +208,23 @@ def test_the_summary_is_the_runs_figures(tmp_path):
     assert "Not there: strong, seed 2." in text
 
 
+def test_the_papers_own_difference_stands_beside_ours(tmp_path):
+    data = photographs(12)
+    data = replace(data, items=tuple(replace(item, split="test") for item in data.items))
+    rows = {"global": "a", "global, SSR": "b", "VSRN": "c"}
+    study = replace(STUDIES["scenes"], rows=rows, contrasts=(("global", "global, SSR"), ("VSRN", "global")))
+    for recipe in rows.values():
+        pretended(tmp_path, recipe, 0, data, noise=1.0)
+    found = summarise(study, data, tmp_path, seeds=[0], splits=["test"])
+    # Table III, lines 9 and 10: it prints sums of 372.9 and 404.3.
+    assert [one["printed"] for one in found["contrasts"]] == [31.4, None]
+    text = markdown(found)
+    assert "Rsum | printed |" in text
+    assert "| +31.4 |" in text
+    assert STUDIES["flickr8k"].printed_gain("both, SSR", WHOLE) == 4.7
+    assert STUDIES["scenes-curves"].printed_gain("K = 1", "K = 4") is None
+
+
 def test_a_row_against_itself_differs_by_nothing(tmp_path):
     data = make_scenes(num_train=0, num_val=0, num_test=20)
     for recipe in TWO.rows.values():

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from dualmatch.runtime.errors import DualmatchError
 
+from .paper_tables import ablation_targets
+
 LINES = ("global", "global, SSR", "regional", "regional, SSR", "both", "both, SSR", "both, JSR", "both, SSR, JSR")
 WHOLE = LINES[-1]
 
@@ -30,11 +32,20 @@ class Study:
         description: one line.
         rows: recipes by the label of their row.
         contrasts: pairs of labels: the second is tested against the first.
+        printed_from: the line of DSRAN's Table III that the row "global" stands for: 1 with BERT, 9 with a GRU; 0 where none does.
     """
 
     description: str
     rows: dict[str, str]
     contrasts: tuple[tuple[str, str], ...]
+    printed_from: int = 0
+
+    def printed_gain(self, before: str, after: str) -> float | None:
+        """By how much Rsum differs between these two lines in the paper's Table III (Flickr30K); None where they are no lines of it."""
+        if not self.printed_from or before not in LINES or after not in LINES:
+            return None
+        first, second = (ablation_targets(self.printed_from + LINES.index(label))[0].rsum for label in (before, after))
+        return round(second - first, 1)
 
     def only(self, labels: Sequence[str]) -> "Study":
         """The study of some of its rows; its contrasts are those of all.
@@ -60,6 +71,7 @@ STUDIES: dict[str, Study] = {
         description="DSRAN's Table III and VSRN on the embedded scenes",
         rows=_SCENES | {"VSRN": "scenes-vsrn"},
         contrasts=(*_MODULES, ("VSRN", WHOLE)),
+        printed_from=9,
     ),
     "scenes-places": Study(
         description="what a path knows of places, on the embedded scenes",
@@ -108,5 +120,6 @@ STUDIES: dict[str, Study] = {
             ("authors", "modern"),
             (WHOLE, "modern"),
         ),
+        printed_from=1,
     ),
 }

@@ -97,7 +97,7 @@ def summarise(
         "protocol": next(str(runs[0].recall.protocol) for runs in measured.values() if runs),
         "rows": [_row(label, study.rows[label], runs) for label, runs in measured.items() if runs],
         "contrasts": [
-            contrast
+            {**contrast, "printed": study.printed_gain(before, after)}
             for before, after in study.contrasts
             if (contrast := _contrast(before, after, measured, owners, pair)) is not None
         ],
@@ -218,14 +218,23 @@ def markdown(summary: dict[str, Any]) -> str:
         ),
     ]
     if summary["contrasts"]:
+        is_printed = any(one["printed"] is not None for one in summary["contrasts"])
+        source = " Last column: the difference of Rsum between these lines in DSRAN's Table III, on Flickr30K."
         lines += [
             "",
-            "Difference [95 % interval of a paired bootstrap over the images], the mean of the common seeds.",
+            "Difference [95 % interval of a paired bootstrap over the images], the mean of the common seeds."
+            + source * is_printed,
             "",
             *_table(
-                ["from", "to", "seeds", "Rsum", *pairs],
+                ["from", "to", "seeds", "Rsum", *pairs, *["printed"] * is_printed],
                 [
-                    [one["without"], one["with"], str(len(one["seeds"])), *(_gained(one[w]) for w in ("rsum", *pairs))]
+                    [
+                        one["without"],
+                        one["with"],
+                        str(len(one["seeds"])),
+                        *(_gained(one[what]) for what in ("rsum", *pairs)),
+                        *["-" if one["printed"] is None else f"{one['printed']:+.1f}"] * is_printed,
+                    ]
                     for one in summary["contrasts"]
                 ],
             ),
