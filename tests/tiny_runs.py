@@ -17,7 +17,9 @@ from dualmatch.training.recipe import Recipe, load_recipe
 
 torch.set_num_threads(1)
 
+# LayerNorm, because BatchNorm would make a step depend on how its batch is cut into parts and processes.
 SIZES = (
+    "model.norm=layer",
     "model.embed_dim=16",
     "model.num_heads=2",
     "model.trunk.image_size=32",

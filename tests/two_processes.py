@@ -23,6 +23,7 @@ PAIRS = ("train.epoch_over=pairs", "train.captions_per_image=1")
 # Without dropout and BatchNorm, which see each process's share alone.
 DSRAN = (
     "scenes-dsran-gru",
+    "model.norm=layer",
     "model.num_heads=2",
     "model.trunk.name=none",
     "model.global_path=false",

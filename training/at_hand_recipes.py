@@ -62,6 +62,7 @@ def _scenes() -> Iterator[tuple[str, Row]]:
         f"k{graphs}": (f"K = {graphs} (as Fig. 7)", "K", {"joint_graphs": graphs}) for graphs in (1, 2, 4)
     }
     curves["with-batchnorm"] = ("BatchNorm in the graph attention (as Fig. 9)", "BatchNorm", {"norm": "batch"})
+    curves["with-layernorm"] = ("LayerNorm in the graph attention", "BatchNorm", {"norm": "layer"})
     curves["without-batchnorm"] = ("no norm in the graph attention (as Fig. 9)", "BatchNorm", {"norm": "none"})
     alone = {"joint_relations": False}
     places: dict[str, tuple[str, dict[str, Any]]] = {

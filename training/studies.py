@@ -96,12 +96,17 @@ STUDIES: dict[str, Study] = {
         description="K and the norm of the graph attention, on the embedded scenes",
         rows={
             "K = 1": "scenes-dsran-gru-k1",
-            "K = 2, LayerNorm": _SCENES[WHOLE],
+            "K = 2, BatchNorm": _SCENES[WHOLE],
             "K = 4": "scenes-dsran-gru-k4",
-            "BatchNorm": "scenes-dsran-gru-with-batchnorm",
+            "LayerNorm": "scenes-dsran-gru-with-layernorm",
             "no norm": "scenes-dsran-gru-without-batchnorm",
         },
-        contrasts=(("K = 1", "K = 2, LayerNorm"), ("K = 2, LayerNorm", "K = 4"), ("no norm", "BatchNorm")),
+        contrasts=(
+            ("K = 1", "K = 2, BatchNorm"),
+            ("K = 2, BatchNorm", "K = 4"),
+            ("no norm", "K = 2, BatchNorm"),
+            ("LayerNorm", "K = 2, BatchNorm"),
+        ),
     ),
     # Its line "global" is a linear head on each side: pooled features, no attention (a test compares it with the recipe of that name).
     "flickr8k": Study(
