@@ -31,12 +31,16 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One axis: its label with the unit, and whether it is logarithmic; `low` and `high` widen what the values ask for."""
+    """One axis: its label with the unit, and whether it is logarithmic; `low` and `high` widen what the values ask for.
+
+    `names` are (place, words) that stand below a horizontal axis in place of numbers.
+    """
 
     label: str
     log: bool = False
     low: float | None = None
     high: float | None = None
+    names: Sequence[tuple[float, str]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +258,8 @@ def _svg(title: str, height: float, parts: Sequence[str]) -> Markup:
 
 
 def _x_axis(across: _Scale, axis: Axis, bottom: float) -> str:
-    ticks = "".join(_text(across(v), bottom + 15, short(v), "middle", "soft") for v in across.ticks())
+    named = axis.names or [(value, short(value)) for value in across.ticks()]
+    ticks = "".join(_text(across(place), bottom + 15, words, "middle", "soft") for place, words in named)
     middle = (across.start + across.end) / 2
     label = axis.label + (" (logarithmic)" if axis.log else "")
     rule = f'<line class="grid" x1="{across.start}" x2="{across.end}" y1="{bottom}" y2="{bottom}"/>'

@@ -417,6 +417,14 @@ def test_a_sweep_is_drawn_from_runs(tmp_path):
         draw_sweep(runs, "train.seed", tmp_path / "x.svg")
     with pytest.raises(DualmatchError, match=r"no option 'model\.k'"):
         draw_sweep(runs[:2], "model.k", tmp_path / "x.svg")
+    numbers = (tmp_path / "k.svg").read_text()
+    assert ">1.4</text>" in numbers  # an axis of numbers has round ones between
+    train_here(tmp_path / "none", "model.norm=none", "train.epochs=2", cache=tmp_path / "cache")
+    draw_sweep([runs[2], tmp_path / "none" / "run"], "model.norm", tmp_path / "norm.svg")
+    words = (tmp_path / "norm.svg").read_text()
+    assert ">layer</text>" in words
+    assert ">none</text>" in words
+    assert ">0.5</text>" not in words  # there is nothing between two words
     done = dualmatch("bench", "sweep", *runs, "--over", "model.joint_graphs", "--out", tmp_path / "again.svg")
     assert f"model.joint_graphs = 2: best validation Rsum {best[2]:.1f}" in done.out
     assert not (tmp_path / "x.svg").exists()

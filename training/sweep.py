@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import write_atomically
@@ -37,7 +37,7 @@ class _Run:
 def draw_sweep(runs: Sequence[Path], option: str, out: Path) -> dict[str, list[float]]:
     """Draw the runs over `option` (`model.joint_graphs`) into `out`, an SVG.
 
-    The first plot has a dot for each run, the best validation Rsum of its epochs, and a line through the means of the seeds; the legend
+    The first plot has a dot for each run, the best validation Rsum of its epochs, and a line through the means of the seeds (words have no line, only the means); the legend
     names the seeds. The others have a line for each run.
 
     Returns:
@@ -53,12 +53,15 @@ def draw_sweep(runs: Sequence[Path], option: str, out: Path) -> dict[str, list[f
             f"all {len(found)} runs have {option} = {values[0]!r}; a sweep takes runs that differ in it."
         )
     by_value = {value: [run for run in found if run.value == value] for value in values}
+    kind: Literal["dashed", "hollow"]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         places = {value: float(value) for value in values}
-    else:  # words stand one beside the other
+        over_axis, kind = Axis(label=option), "dashed"
+    else:  # words stand one beside the other, and no line leads from one to the next
         places = {value: float(number) for number, value in enumerate(values)}
+        over_axis, kind = Axis(label=option, names=[(place, str(value)) for value, place in places.items()]), "hollow"
     means = [(places[value], fmean(run.best for run in by_value[value])) for value in values]
-    over = [Series(label="mean of the seeds", points=means, kind="dashed", tone=NUM_TONES)]
+    over = [Series(label="mean of the seeds", points=means, kind=kind, tone=NUM_TONES)]
     loss: list[Series] = []
     recall: list[Series] = []
     for tone, value in enumerate(values, 1):
@@ -72,7 +75,7 @@ def draw_sweep(runs: Sequence[Path], option: str, out: Path) -> dict[str, list[f
                 lines.append(Series(label="", points=points, tone=tone))
     epoch, plain = Axis(label="epoch"), Axis(label="")
     plots = [
-        ("best validation Rsum", chart(f"best validation Rsum by {option}", over, Axis(label=option), plain)),
+        ("best validation Rsum", chart(f"best validation Rsum by {option}", over, over_axis, plain)),
         ("training loss", chart("training loss by epoch", loss, epoch, plain)),
         ("validation Rsum", chart("validation Rsum by epoch", recall, epoch, plain)),
     ]
