@@ -204,6 +204,9 @@ def _quantisation(manifest: Manifest) -> str:
             if excluded
             else "none stays in float32"
         )
+        by_engine = len(facts.get("engine_excluded", excluded))
+        if by_engine > len(excluded):
+            left_out += f"; in the graph for TensorRT, whose codes are coarser, {'all' if by_engine == facts['layers'] else by_engine} stay in float32"
         paragraphs.append(
             f"The {name} encoder is int8: {facts['scheme']}. Ranges from {facts['calibration_items']} items of `{facts['calibration']['name']}`, "
             f"clipped at the {facts['percentile']:g}th percentile{', loud channels smoothed' if facts.get('smoothed') else ''}. Of its {facts['layers']} layers {left_out}.\n\n"

@@ -92,9 +92,7 @@ class Int8Export:
 
         def decide_on(model: onnx.ModelProto) -> Decision:
             decision, embeddings = self._decide(name, model, scratch / "candidate.onnx")
-            if decision.verdict not in self._accepts:
-                passed.clear()
-            elif embeddings is not None:
+            if decision.verdict in self._accepts and embeddings is not None:
                 passed.append(embeddings)
             return decision
 

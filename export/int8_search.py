@@ -1,7 +1,7 @@
 """One encoder's int8 graph: ranges calibrated, the clipping percentile measured, layers left out until retrieval passes."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ def quantise(
 ) -> Quantised | None:
     """The int8 form of a float32 graph that passes `decide` with the fewest layers left out (to a factor of two).
 
-    Layers are left out by their sensitivity, the most sensitive first: none, then 1, 2, 4, 8 … up to half of them.
+    Layers are left out by their sensitivity, the most sensitive first: none, then 1, 2, 4, 8 … up to half of them. Where TensorRT takes
+    another graph, that one is settled behind onnxruntime's, and may leave out more layers, even all.
     Where all layers are linear, loud channels are smoothed first if that brings the embeddings closer. None where there is nothing to
     quantise, or one layer that does not pass: the encoder stays as it is.
 
@@ -79,36 +80,42 @@ def quantise(
 
     order: list[Sensitivity] = []
     trials: list[dict[str, Any]] = []
-    for count in _ladder(max(1, len(layers) // 2)):
-        if count and not order:
-            order = sensitivities(
-                single, thresholds, compared, scratch,
-                lambda done, of: progress(f"measuring the {name} encoder's layers", done, of),
-            )  # fmt: skip
-        left_out = [one.layer for one in order[:count]]
-        model = to_int8(single, thresholds, excluded=left_out)
-        engine = to_int8(single, thresholds, excluded=left_out, for_engine=True) if engines_differ(single) else None
-        accepted = True
-        # The engine's codes are coarser, so where one of the two fails it is mostly that one: it goes first.
-        for graph, candidate in (("engine", engine), ("onnxruntime", model)):
-            if candidate is not None and accepted:
-                decision = decide(candidate)
-                accepted = decision.verdict in accepts
-                trials.append(
-                    {"excluded": count, "graph": graph, "verdict": decision.verdict, "reason": decision.reason}
-                )
-                progress(
-                    f"{name} encoder, {graph}, {count} of {len(layers)} layers in float32: {decision.verdict}", 0, 0
-                )
-        if accepted:
-            break
-    else:
+
+    def settled(graph: str, counts: Iterable[int]) -> tuple[onnx.ModelProto | None, int]:
+        """The first of the graphs with `counts` layers left out that passes (None: none does), and its count (or the last)."""
+        nonlocal order
+        for count in counts:
+            if count and not order:
+                order = sensitivities(
+                    single, thresholds, compared, scratch,
+                    lambda done, of: progress(f"measuring the {name} encoder's layers", done, of),
+                )  # fmt: skip
+            left_out = [one.layer for one in order[:count]]
+            model = to_int8(single, thresholds, excluded=left_out, for_engine=graph == "engine")
+            decision = decide(model)
+            trials.append({"excluded": count, "graph": graph, "verdict": decision.verdict, "reason": decision.reason})
+            progress(f"{name} encoder, {graph}, {count} of {len(layers)} layers in float32: {decision.verdict}", 0, 0)
+            if decision.verdict in accepts:
+                return model, count
+        return None, count
+
+    most = max(1, len(layers) // 2)
+    model, left = settled("onnxruntime", _ladder(most))
+    if model is None:
         raise DualmatchError(
-            f"int8 does not keep retrieval: with {count} of the {name} encoder's {len(layers)} layers in float32, still {decision.reason}; "
+            f"int8 does not keep retrieval: with {left} of the {name} encoder's {len(layers)} layers in float32, still {trials[-1]['reason']}; "
             "export with --fp16 or --fp32."
         )
-    if len(left_out) == len(layers):
+    if left == len(layers):
         return None
+    # TensorRT's codes are coarser, so its graph leaves out as many layers or more, if need be all of them: then its engine is float32.
+    engine, left_by_engine = None, left
+    if engines_differ(single):
+        engine, left_by_engine = settled("engine", [*(n for n in _ladder(most) if n >= left), len(layers)])
+        if engine is None:
+            raise DualmatchError(
+                f"the {name} encoder's graph for TensorRT does not pass with all layers in float32: {trials[-1]['reason']}."
+            )
     facts = {
         "scheme": "static Q/DQ, symmetric, int8 weights per channel, 8-bit activations with all codes used behind a ReLU, word tables int8 by row",
         "calibration_items": len(calibration),
@@ -116,7 +123,8 @@ def quantise(
         "cosine_by_percentile": {f"{one:g}": cosine for one, cosine in ranges.cosines.items()},
         "smoothed": smoothing,
         "layers": len(layers),
-        "excluded": [asdict(one) for one in order[: len(left_out)]],
+        "excluded": [asdict(one) for one in order[:left]],
+        "engine_excluded": [asdict(one) for one in order[:left_by_engine]],
         "trials": trials,
     }
     return Quantised(model=model, engine_model=engine, facts=json.loads(json.dumps(facts)))

@@ -289,6 +289,31 @@ def test_layers_are_left_out_until_it_passes(exported, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_each_graph_leaves_out_what_it_needs(exported, tmp_path):
+    """TensorRT's graph is settled behind onnxruntime's and does not make that one leave out more."""
+    graph = exported("text-bert-masked")
+    feeds = [graph.feeds(1, 9, seed=seed) for seed in range(8)]
+    quiet = lambda what, done, total: None  # noqa: E731
+    with mock.patch("dualmatch.export.int8_search.engines_differ", return_value=True):
+        verdicts = iter(["fail", "fail", "pass", "fail", "fail", "pass"])
+        found = quantise(
+            graph.model, feeds, tmp_path, name="text", progress=quiet,
+            decide=lambda model: Decision(verdict=next(verdicts), reason="as told"),
+        )  # fmt: skip
+        tried = [(trial["graph"], trial["excluded"]) for trial in found.facts["trials"]]
+        assert tried == [("onnxruntime", n) for n in (0, 1, 2)] + [("engine", n) for n in (2, 4, 8)]
+        assert (len(found.facts["excluded"]), len(found.facts["engine_excluded"])) == (2, 8)
+        assert found.facts["engine_excluded"][:2] == found.facts["excluded"]
+        found, calls = search(graph, tmp_path, ["pass", *["fail"] * 6, "pass"])
+        assert len(found.facts["engine_excluded"]) == found.facts["layers"]
+        assert found.engine_model is calls[-1]
+        assert not any("QuantizeLinear" in node.op_type for node in found.engine_model.graph.node)
+        with pytest.raises(
+            DualmatchError, match="graph for TensorRT does not pass with all layers in float32: as told"
+        ):
+            search(graph, tmp_path, ["pass", *["fail"] * 7])
+
+
 def test_too_few_pairs_end_the_search_where_that_is_accepted(exported, tmp_path):
     found, _ = search(exported("text-bert-masked"), tmp_path, ["too few pairs"], accepts=("pass", "too few pairs"))
     assert found.facts["excluded"] == []
