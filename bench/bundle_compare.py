@@ -125,7 +125,7 @@ class Comparison:
         drawn = {}
         for (encoder, batch), group in self.groups.items():
             points = [(r.label, r.median.value / 1e6, float(r.recall["rsum"])) for r in group if r.recall is not None]
-            if points and _same_protocol([r for r in group if r.recall is not None]):
+            if points and _same_protocol(group):
                 drawn[f"pareto-{encoder}-{batch}.svg"] = picture(f"{encoder} encoder, batch {batch}", points)
         for encoder in dict.fromkeys(r.encoder for r in self.results):
             rooflines = [(r, self.roofline(r)) for r in self.results if r.encoder == encoder]
@@ -163,7 +163,7 @@ class Comparison:
             shown += [table, Text()]
         sources = sorted({r.recall["source"] for r in self.results if r.recall is not None})
         shown.append(Text(f"Variants took turns, A B B A. Recall: {'; '.join(sources) or 'not known'}."))
-        if not _same_protocol([r for r in self.results if r.recall is not None]):
+        if not _same_protocol(self.results):
             shown.append(
                 Text("No Pareto front: the variants' recall is of different pairs; --data measures all on the same.")
             )
@@ -178,14 +178,16 @@ def _against(result: VariantResult, group: Sequence[VariantResult]) -> Ratio:
 
 
 def _same_protocol(results: Sequence[VariantResult]) -> bool:
-    return all(r.recall["protocol"] == results[0].recall["protocol"] for r in results if r.recall and results[0].recall)
+    """Whether all recalls that are known are of the same pairs."""
+    protocols = [r.recall["protocol"] for r in results if r.recall is not None]
+    return all(one == protocols[0] for one in protocols)
 
 
 def _on_front(group: Sequence[VariantResult]) -> list[bool | None]:
     """Whether each variant is on the front; None where its recall is not known, and for all where recalls are not of the same pairs."""
-    known = [r for r in group if r.recall is not None]
-    if not _same_protocol(known):
+    if not _same_protocol(group):
         return [None] * len(group)
+    known = [r for r in group if r.recall is not None]
     on = iter(front([(r.median.value, float(r.recall["rsum"])) for r in known if r.recall is not None]))
     return [None if r.recall is None else next(on) for r in group]
 

@@ -29,7 +29,6 @@ def invoked(command, *arguments):
 
 
 def test_search_finds_what_the_other_libraries_find(tmp_path):
-    pytest.importorskip("faiss")
     sizes = ("--vectors", 3000, "--dimension", 32, "--threads", 1, "--repeats", 3)
     ran("search", tmp_path / "g", *sizes, "--queries", 1, "--queries", 5, "--json", tmp_path / "out.json")
     report = json.loads((tmp_path / "out.json").read_text())
@@ -46,7 +45,6 @@ def test_search_finds_what_the_other_libraries_find(tmp_path):
 
 
 def test_approximate_indexes_come_near_the_exact_answer(tmp_path):
-    pytest.importorskip("faiss")
     ran("ann", "--vectors", 2000, "--dimension", 16, "--threads", 1, "--json", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     for name in {row["index"] for row in rows}:
