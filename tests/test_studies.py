@@ -388,6 +388,24 @@ def test_another_study_in_the_folder_is_refused(copied):
         run_tiny(copied, overrides=[*OVERRIDES, "train.lern=3"])
 
 
+def test_what_cannot_be_trained_leaves_no_folder(tmp_path, small_run):
+    arguments = (
+        "--data",
+        small_run.data,
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        tmp_path,
+        "--split",
+        "test",
+        "--seeds",
+        "0",
+    )
+    done = dualmatch("bench", "ablation", "flickr8k", *arguments, "--set", 'data.train_splits=["train"]')
+    assert (done.code, "resnet152 trunk needs its weights" in done.err) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(copied):
     out = copied / "study"
     shutil.rmtree(out / "scenes-vsrn", ignore_errors=True)

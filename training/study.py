@@ -71,7 +71,6 @@ def run_study(
             progress(f"{prefix}: {what}", done, total)
 
         if not is_finished(recipe, part.dataset, folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 train(
                     recipe,
