@@ -5,6 +5,7 @@ program of its own so that the forks start from a process without other threads.
 """
 
 import json
+import math
 import os
 import random
 import resource
@@ -262,7 +263,7 @@ def test_killed_writers_leave_nothing_that_a_successor_cannot_finish_to_the_same
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert report["killed"] >= 50
+    assert report["killed"] >= 50, report
     assert min(report.values()) >= 1, report
 
 
@@ -658,7 +659,9 @@ def _kill_writers(folder):
     chance = random.Random(6)
     calls, seconds = _run_to_the_end(folder, photos)
     report = {"killed": 0, "before_index": 0, "between_shards": 0, "with_leftovers": 0, "with_journal": 0}
-    for number in range(20):
+    for number in range(100):  # a loaded machine kills fewer writers a gallery: go on until enough have died
+        if number >= 20 and report["killed"] >= 50 and min(report.values()) >= 1:
+            break
         out = folder / f"g{number}"
         while True:
             # Half of the writers die at a chosen call, so that every step is hit; the other half whenever the clock says.
@@ -701,9 +704,11 @@ def _run_to_the_end(folder, photos):
     def count(_frame, event, _argument):
         calls[0] += event == "c_call"
 
-    started = time.perf_counter()
-    write(folder / "timed", photos, PixelEncoder(mix=True))
-    seconds = time.perf_counter() - started
+    seconds = math.inf
+    for number in range(5):  # the fastest of five: where one is held up, later writers would end before they are killed
+        started = time.perf_counter()
+        write(folder / f"timed{number}", photos, PixelEncoder(mix=True))
+        seconds = min(seconds, time.perf_counter() - started)
     threading.setprofile(count)
     sys.setprofile(count)
     write(folder / "counted", photos, PixelEncoder(mix=True))
