@@ -87,7 +87,7 @@ def main(
     except DualmatchError as error:
         raise SystemExit(f"precision: {error}") from None
     report = {
-        "run": run.name,
+        "recipe": next(iter(opened.values())).manifest.model["recipe"],
         "data": Path(data).name,
         "environment": environment(),
         "exports": exports,
@@ -207,7 +207,7 @@ def table(report: dict[str, Any]) -> str:
     batches = sorted({case["batch"] for case in report["cases"]})
     columns = [f"{encoder} x{batch}" for encoder in ("image", "text") for batch in batches]
     head = [
-        "run",
+        "recipe",
         "precision",
         "MiB image + text",
         *columns,
@@ -219,7 +219,7 @@ def table(report: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     cases = {(case["encoder"], case["batch"]): case for case in report["cases"]}
     for precision, found in report["exports"].items():
-        cells = [report["run"], precision]
+        cells = [report["recipe"], precision]
         cells.append(" + ".join(f"{value:.1f}" for value in found["mib"].values()) if found["bundle"] else "-")
         for encoder in ("image", "text"):
             for batch in batches:
