@@ -16,7 +16,7 @@ from dualmatch.training.distributed import Group, device_named, process_group
 
 from .demo_fixture import write_captions_folder
 from .tiny_runs import log_of, refusal, write_regions
-from .two_processes import CASES, gradients, short_run
+from .two_processes import CASES, UNEVEN, gradients, short_run
 
 
 def torchrun(*arguments, processes=2):
@@ -72,6 +72,13 @@ def test_parts_have_the_loss_and_gradients_of_the_whole(folder, tmp_path):
     alone = gradients(tmp_path, "vsrn", Group())
     for rank in (0, 1):
         assert_close(load_tensors(folder / f"vsrn-accumulated-{rank}.safetensors")[0], alone)
+
+
+def test_shares_that_could_be_divided_differently_do_not_wait_for_each_other(folder, tmp_path):
+    write_regions(tmp_path / "regions.npz", make_scenes(num_train=20, num_val=4, num_test=0))
+    alone = gradients(tmp_path, "infonce", Group(), extra=UNEVEN)
+    for rank in (0, 1):
+        assert_close(load_tensors(folder / f"uneven-{rank}.safetensors")[0], alone)
 
 
 def test_a_run_of_two_processes_is_the_run_of_one(folder, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dualmatch.models import DSRAN, VSRN
+from dualmatch.runtime.datasets import open_dataset
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.training.catalogue import catalogue
 from dualmatch.training.loop import train
@@ -17,6 +18,7 @@ from dualmatch.training.recipe_files import ROWS
 from dualmatch.training.vocabulary import build_tokenizer
 from dualmatch.training.word_weights import load_word_weights
 
+from .data_layouts import write_karpathy, write_scan, write_vsepp
 from .demo_fixture import dualmatch
 from .test_imports import EXTRAS, checked
 from .tiny_runs import scenes, write_regions
@@ -139,6 +141,32 @@ def test_every_network_builds():
         for config in networks:
             network = DSRAN(config, None) if hasattr(config, "joint_graphs") else VSRN(config, None)
             assert all(parameter.is_meta for parameter in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """By recipe's kind: data sets in the layouts that hold what it needs. SCAN's files have no photographs, and no split restval."""
+    folder = tmp_path_factory.mktemp("layouts")
+    scan = [open_dataset(write_scan(folder / "scan"))]
+    return {
+        ("dsran", "flickr30k"): [open_dataset(write_karpathy(folder / "f30k"))],
+        ("dsran", "coco"): [
+            open_dataset(write_karpathy(folder / "karpathy", coco=True)),
+            open_dataset(write_vsepp(folder / "vsepp")),
+        ],
+        ("vsrn", "flickr30k"): scan,
+        ("vsrn", "coco"): scan,
+    }
+
+
+def test_every_recipe_names_splits_that_its_data_has(layouts):
+    names = [name for name in recipe_names() if not name.startswith(("scenes", "flickr8k"))]
+    assert len(names) > 60
+    for name in names:
+        recipe = load_recipe(name)
+        for dataset in layouts[recipe.network, "coco" if "coco" in name else "flickr30k"]:
+            for split in (*recipe.data.train_splits, *recipe.data.val_splits):
+                assert dataset.select([split]).items, (name, split)
 
 
 SMALL_DSRAN = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dualmatch.training import step
-from dualmatch.training.checkpoint import load_run
+from dualmatch.training.checkpoint import load_run, load_tensors
 from dualmatch.training.state import TrainingState
 
 from .tiny_runs import (
@@ -166,19 +166,49 @@ def test_diverging_in_the_first_epoch_leaves_the_batch_alone(tmp_path, monkeypat
     train_here(tmp_path, "train.epochs=1")  # such a folder is free to train into
 
 
+class NanGradient(torch.autograd.Function):
+    """A finite loss with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        ctx.save_for_backward(scores)
+        return scores.sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        return torch.full_like(ctx.saved_tensors[0], math.nan)
+
+
+def test_gradients_that_are_no_numbers_change_no_weight_and_leave_their_batch(tmp_path, monkeypatch):
+    real, calls = step.matching_loss, []
+
+    def third_is_bad(scores_IM, *arguments, **options):
+        calls.append(1)
+        return NanGradient.apply(scores_IM) if len(calls) == 3 else real(scores_IM, *arguments, **options)
+
+    save = ("train.save_steps=1", "train.batch_size=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "matching_loss", third_is_bad)
+        message = refusal(tmp_path, *save)
+    assert "the norm of the gradients became nan in epoch 1, step 3; its batch is in" in message
+    tensors, facts = load_tensors(tmp_path / "run/last.safetensors")
+    assert facts["steps"] == 2
+    assert all(value.isfinite().all() for value in tensors.values())
+    with np.load(tmp_path / "run/diverged.npz") as batch:
+        assert (batch["epoch"], batch["step"]) == (1, 3)
+    train_here(tmp_path, *save, resume=True)
+    assert load_tensors(tmp_path / "run/last.safetensors")[1]["epoch"] == len(log_of(tmp_path / "run"))
+
+
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
-    class Gradient(torch.autograd.Function):
-        """A finite loss with a gradient that is not."""
+    real = TrainingState.step
 
-        @staticmethod
-        def forward(ctx, scores):
-            ctx.save_for_backward(scores)
-            return scores.sum()
+    def spoil(self):
+        norm = real(self)
+        next(iter(self.parameters.values())).data.fill_(math.inf)
+        return norm
 
-        @staticmethod
-        def backward(ctx, _):
-            return torch.full_like(ctx.saved_tensors[0], math.nan)
-
-    monkeypatch.setattr(step, "matching_loss", lambda scores_IM, *_, **__: Gradient.apply(scores_IM))
-    assert "a weight became infinite or NaN in epoch 1" in refusal(tmp_path, "train.batch_size=32")
-    assert left_behind(tmp_path) == []
+    monkeypatch.setattr(TrainingState, "step", spoil)
+    for options in (("train.batch_size=32",), ("train.save_steps=1",)):
+        assert "a weight became infinite or NaN in epoch 1; no epoch was finished" in refusal(tmp_path, *options)
+        assert left_behind(tmp_path) == []

@@ -50,6 +50,8 @@ CASES = {
     "authors-padding": (*DSRAN, "model.pad_policy=authors"),
     "vsrn": VSRN,
 }
+# Shares of 3 and 4 images: one that can be divided into two parts of two or more, and one that cannot.
+UNEVEN = ("train.batch_size=7",)
 
 
 def gradients(folder, name, group, *, accumulate=1, extra=()):
@@ -102,6 +104,8 @@ def main(folder):
             save_tensors(folder / f"{name}-{group.rank}.safetensors", gradients(folder, name, group), {})
         both = gradients(folder, "vsrn", group, accumulate=2)
         save_tensors(folder / f"vsrn-accumulated-{group.rank}.safetensors", both, {})
+        uneven = gradients(folder, "infonce", group, accumulate=2, extra=UNEVEN)
+        save_tensors(folder / f"uneven-{group.rank}.safetensors", uneven, {})
         assert group.collect(group.rank) == list(range(group.size)) != [0]
         assert isinstance(group, Group)
         short_run(folder, folder / "run")

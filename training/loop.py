@@ -207,8 +207,7 @@ class _Run:
         try:
             for epoch in range(state.epoch, epochs):
                 done = self._epoch(epoch, requests)
-                if not all(bool(weights.isfinite().all()) for weights in state.parameters.values()):
-                    raise self._diverged(f"a weight became infinite or NaN in epoch {epoch + 1}")
+                self._require_finite(epoch)
                 line = self._validated(epoch, done)
                 left = (time.perf_counter() - started) / (epoch + 1 - first) * (epochs - epoch - 1)
                 self.progress(
@@ -246,6 +245,7 @@ class _Run:
             # Every process asks at the same step, or one would wait for the others for ever.
             stop = any(self.group.collect(requests.requested))
             if stop or (options.save_steps and step % options.save_steps == 0):
+                self._require_finite(epoch)
                 seconds = before + time.perf_counter() - started
                 self._save(Unfinished(losses=losses, seconds=seconds, rng=self.group.collect(rng_state(self.device))))
             if stop:
@@ -261,14 +261,15 @@ class _Run:
         image_ids_I = torch.tensor(plan.images, device=self.device)
         self.state.optimiser.zero_grad(set_to_none=True)
         found = self.differentiator.gradients(batch.to(self.device), owner_M, image_ids_I, epoch=epoch)
-        if not np.isfinite(found.total):
+        rate = self.state.learning_rate
+        norm = self.state.step() if np.isfinite(found.total) else 0.0
+        # Gradients are those of all processes together, so all of them stop here. With fp16 an overflow is the scaler's business.
+        is_wrong = not np.isfinite(norm) and not self.state.scaler.is_enabled()
+        if is_wrong or not np.isfinite(found.total):
             if self.group.is_main:
                 self._save_diverged(plan, batch, found, epoch, step)
-            raise self._diverged(
-                f"the loss became {found.total} in epoch {epoch + 1}, step {step}; its batch is in {self.out / DIVERGED}"
-            )
-        rate = self.state.learning_rate
-        norm = self.state.step()
+            what = f"the norm of the gradients became {norm}" if is_wrong else f"the loss became {found.total}"
+            raise self._diverged(f"{what} in epoch {epoch + 1}, step {step}; its batch is in {self.out / DIVERGED}")
         self.watch.step(self.state.steps, loss=found.matching, caption_loss=found.captioning, rate=rate, norm=norm)
         return found
 
@@ -321,13 +322,18 @@ class _Run:
             f"stopped after {where}; the run in {self.out} is saved: the same command with --resume continues it."
         )
 
+    def _require_finite(self, epoch: int) -> None:
+        """Weights that are no numbers are not saved over those that are."""
+        if not self.state.is_finite:
+            raise self._diverged(f"a weight became infinite or NaN in epoch {epoch + 1}")
+
     def _diverged(self, what: str) -> DualmatchError:
         epoch = self.state.epoch
         kept = f"{self.out} keeps epoch {epoch}" if epoch else "no epoch was finished"
         return DualmatchError(f"{what}; {kept}. Try a smaller learning_rate.")
 
     def _save_diverged(self, plan: Plan, batch: Batch, found: Losses, epoch: int, step: int) -> None:
-        """The batch whose loss is no number: names, captions, similarities, and this process's inputs."""
+        """The batch whose loss or gradients are no numbers: names, captions, similarities, and this process's inputs."""
         items, captions = self.batches.items, self.batches.captions
         self.out.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {

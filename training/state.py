@@ -73,11 +73,16 @@ class TrainingState:
         return options.learning_rate
 
     def step(self) -> float:
-        """One update with the gradients that were added since the last; their norm before clipping."""
+        """One update with the gradients that were added since the last; their norm before clipping.
+
+        Where the norm is not finite nothing is updated: with fp16 the scaler lowers its scale, otherwise the step is not counted.
+        """
         self.scaler.unscale_(self.optimiser)
         per_tensor = self.options.optimiser == "bertadam"  # it clips each tensor itself
         limit = math.inf if per_tensor else self.options.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        if not norm.isfinite() and not self.scaler.is_enabled():
+            return norm.item()
         for group in self.optimiser.param_groups:
             group["lr"] = self._scheduled * group["factor"]
         self.scaler.step(self.optimiser)
@@ -86,6 +91,11 @@ class TrainingState:
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), 1 - self.options.average)
         return norm.item()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(bool(weights.isfinite().all()) for weights in self.parameters.values())
 
     def averaged(self) -> "_Swapped":
         """Within it, the model holds the averaged weights (its own, where there is no average)."""

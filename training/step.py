@@ -63,7 +63,8 @@ class Differentiator:
             batch: this process's share, on the device.
             owner_M, image_ids_I: of the whole batch, on the device.
         """
-        num_parts = max(1, min(self.accumulate, len(batch.image_ids_I) // 2))
+        # From the smallest share: processes that divided theirs into other numbers of parts would wait for one another for ever.
+        num_parts = max(1, min(self.accumulate, len(image_ids_I) // self.group.size // 2))
         if num_parts == 1:
             images_ID, captions_MD, caption_loss = self._forward(self.wrapped, batch)
             shared = caption_loss * (len(captions_MD) / len(owner_M))
@@ -140,7 +141,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
     """Continue from `rng_state`."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:  # an epoch that was begun on a CPU goes on with the GPU's own
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
