@@ -36,7 +36,7 @@ from .common import data_option, default_cache, existing, json_option, print_jso
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change an option of every row, as `dualmatch train`.",
+    help="Change an option of every row, as `dualmatch train`. Runs in --out that were trained without it are refused.",
 )
 @click.option("--no-train", is_flag=True, help="Summarise what is there; runs that are not are listed.")
 @click.option("--cache", type=existing, help="Folder for features of frozen networks, as `dualmatch train`.")
@@ -68,7 +68,7 @@ def command(
     from dualmatch.runtime.files import write_atomically
     from dualmatch.training.interrupt import TrainingStoppedError
     from dualmatch.training.studies import STUDIES
-    from dualmatch.training.study import run_study
+    from dualmatch.training.study import check_runs, run_study
     from dualmatch.training.study_summary import markdown, summarise
 
     if study not in STUDIES:
@@ -76,10 +76,20 @@ def command(
     numbers = [part.strip() for part in seeds.split(",")]
     if not all(part.isdecimal() for part in numbers):
         raise click.UsageError(f"--seeds takes whole numbers separated by commas, got {seeds!r}.")
+    if len({*map(int, numbers)}) < len(numbers):
+        raise click.UsageError(f"--seeds names one twice: {seeds!r}; a run counts once.")
+    for option in ("train.seed", *(("data.train_splits", "data.val_splits") if folds else ())):
+        if any(one.partition("=")[0].strip() == option for one in overrides):
+            raise click.UsageError(
+                f"{option} is what {'--seeds' if option == 'train.seed' else '--folds'} sets; leave it out of --set."
+            )
+    if no_train and rows:
+        raise click.UsageError("--row says what is trained, and --no-train that nothing is; leave one out.")
     if folds and click.get_current_context().get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--folds takes every image in turn as a test image; leave --split out.")
     chosen, dataset, wanted = [int(part) for part in numbers], open_dataset(data), splits(split)
     wanted_rows = STUDIES[study].only(rows) if rows else STUDIES[study]
+    check_runs(STUDIES[study], dataset, out, seeds=chosen, splits=wanted, folds=folds or 1, overrides=overrides)
     if not no_train:
         try:
             with progress_reports() as progress:

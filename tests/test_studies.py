@@ -13,6 +13,7 @@ from dualmatch.models import DSRAN
 from dualmatch.models.config import DsranConfig, TrunkConfig
 from dualmatch.runtime.datasets import Dataset, ImageItem, make_scenes
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_file
 from dualmatch.runtime.hard_pairs import told_apart
 from dualmatch.runtime.recall import evaluate as recall_of
 from dualmatch.training import study as study_module
@@ -24,7 +25,7 @@ from dualmatch.training.paper_recipes import ABLATIONS
 from dualmatch.training.recipe import load_recipe
 from dualmatch.training.resume import changed_options, is_finished
 from dualmatch.training.studies import LINES, STUDIES, WHOLE, Study
-from dualmatch.training.study import run_study
+from dualmatch.training.study import check_runs, run_study
 from dualmatch.training.study_summary import embeddings_path, markdown, run_folder, summarise
 from dualmatch.training.sweep import draw_sweep
 
@@ -173,9 +174,10 @@ def pretended(out, recipe, seed, data, noise, part=None):
     images = chance.normal(size=(len(data.items), 16))
     captions = images[data.caption_image] + noise * chance.normal(size=(len(data.caption_image), 16))
     images, captions = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (images, captions))
-    write_embeddings(
-        embeddings_path(folder, data.splits), data, images.astype("f4"), captions.astype("f4"), checkpoint="x"
-    )
+    (folder / "best.safetensors").write_bytes(recipe.encode())
+    checkpoint = sha256_of_file(folder / "best.safetensors")
+    images_f4, captions_f4 = images.astype("f4"), captions.astype("f4")
+    write_embeddings(embeddings_path(folder, data.splits), data, images_f4, captions_f4, checkpoint=checkpoint)
     log = [{"epoch": epoch, "val_rsum": rsum} for epoch, rsum in ((1, 10.0), (2, 30.0), (3, 20.0))]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     return images @ captions.T
@@ -254,6 +256,9 @@ def test_a_summary_of_nothing_or_of_other_images_is_refused(tmp_path):
     pretended(tmp_path, "weak-recipe", 0, data, noise=1.0)
     with pytest.raises(DualmatchError, match="embeddings of other images"):
         summarise(TWO, make_scenes(num_train=0, num_val=0, num_test=10), tmp_path, seeds=[0], splits=["test"])
+    (run_folder(tmp_path, "weak-recipe", 0) / "best.safetensors").write_bytes(b"trained further")
+    with pytest.raises(DualmatchError, match="made by another checkpoint"):
+        summarise(TWO, data, tmp_path, seeds=[0], splits=["test"])
 
 
 # Running.
@@ -388,6 +393,23 @@ def test_another_study_in_the_folder_is_refused(copied):
         run_tiny(copied, overrides=[*OVERRIDES, "train.lern=3"])
 
 
+def test_a_table_holds_no_run_with_other_options(copied):
+    arguments = {"seeds": [0], "splits": ["test"], "overrides": OVERRIDES}
+    check_runs(TINY, scenes(), copied / "study", **arguments)
+    path = run_folder(copied / "study", TINY.rows["global"], 0) / "run.json"
+    values = json.loads(path.read_text())
+    values["recipe"]["loss"]["temperature"] = 0.07
+    path.write_text(json.dumps(values))
+    with pytest.raises(DualmatchError, match=r"table3-9/seed0 was started with another loss\.temperature"):
+        check_runs(TINY, scenes(), copied / "study", **arguments)
+    done = dualmatch("bench", "ablation", "scenes", "--data", "scenes", "--out", copied / "study", "--no-train")
+    assert (done.code, "was started with" in done.err) == (1, True)
+
+
+def test_a_studys_run_has_its_curves(trained):
+    assert (run_folder(trained / "study", TINY.rows["global"], 0) / "curves.svg").is_file()
+
+
 def test_what_cannot_be_trained_leaves_no_folder(tmp_path, small_run):
     arguments = (
         "--data",
@@ -412,7 +434,14 @@ def test_the_command(copied):
     done = dualmatch("bench", "ablation", "scenes", "--data", "scenes", "--out", out, "--seeds", "7", "--no-train")
     assert (done.code, "holds no evaluated run" in done.err) == (1, True)
     assert dualmatch("bench", "ablation", "nothing", "--data", "scenes", "--out", out).code == 2
-    assert dualmatch("bench", "ablation", "scenes", "--data", "scenes", "--out", out, "--seeds", "one").code == 2
+    for wrong in (
+        ("--seeds", "one"),
+        ("--seeds", "0,00"),
+        ("--set", "train.seed=3"),
+        ("--folds", "5", "--set", 'data.val_splits=["test"]'),
+        ("--no-train", "--row", "global"),
+    ):
+        assert dualmatch("bench", "ablation", "scenes", "--data", "scenes", "--out", out, *wrong).code == 2
 
 
 # Sweeps.
@@ -445,7 +474,25 @@ def test_a_sweep_is_drawn_from_runs(tmp_path):
     assert ">0.5</text>" not in words  # there is nothing between two words
     done = dualmatch("bench", "sweep", *runs, "--over", "model.joint_graphs", "--out", tmp_path / "again.svg")
     assert f"model.joint_graphs = 2: best validation Rsum {best[2]:.1f}" in done.out
+    for wrong, why in (
+        ([*runs, runs[0]], "given twice"),
+        ([runs[0], _changed(runs[2], tmp_path / "longer", "run.json", '"epochs": 2', '"epochs": 3')], "2 of its 3 epochs"),
+        ([runs[0], _changed(runs[2], tmp_path / "other", "run.json", '"pairs_sha256": "', '"pairs_sha256": "0')], "other images"),
+        ([runs[0], _changed(runs[2], tmp_path / "cut", "log.jsonl", '"loss"', "")], "is damaged"),
+    ):  # fmt: skip
+        with pytest.raises(DualmatchError, match=why):
+            draw_sweep(wrong, "train.epochs" if "epochs" in why else "model.joint_graphs", tmp_path / "x.svg")
+    with pytest.raises(DualmatchError, match=r"call it x\.svg, not x\.png"):
+        draw_sweep(runs, "model.joint_graphs", tmp_path / "x.png")
     assert not (tmp_path / "x.svg").exists()
+
+
+def _changed(run, copy, name, old, new):
+    shutil.copytree(run, copy)
+    text = (copy / name).read_text()
+    assert old in text
+    (copy / name).write_text(text.replace(old, new))
+    return copy
 
 
 # Folds.

@@ -56,7 +56,7 @@ def _ablations() -> Iterator[tuple[str, Row]]:
 
 
 def _scenes() -> Iterator[tuple[str, Row]]:
-    """The papers' curves on the scenes; and what a path knows of places, which decides what it can tell apart there."""
+    """The papers' curves on the scenes (K, norm, epochs); and what a path knows of places, which decides what it can tell apart there."""
     base, network = "scenes-dsran-gru", "DSRAN on the embedded scenes"
     curves: dict[str, tuple[str, str, dict[str, Any]]] = {
         f"k{graphs}": (f"K = {graphs} (as Fig. 7)", "K", {"joint_graphs": graphs}) for graphs in (1, 2, 4)
@@ -83,6 +83,11 @@ def _scenes() -> Iterator[tuple[str, Row]]:
     for name, (words, curve, model) in curves.items():
         values = described(f"{network}: {words}.", {"model": model})
         yield f"{base}-{name}", Row(group=f"{network}: {curve}", needs=_NOTHING, base=base, values=values)
+    for epochs in (7, 14, 28):
+        values = described(
+            f"{network}: {epochs} epochs (as Fig. 8).", {"train": {"epochs": epochs, "step_epochs": epochs // 2}}
+        )
+        yield f"{base}-epochs{epochs}", Row(group=f"{network}: epochs", needs=_NOTHING, base=base, values=values)
     for name, (words, model) in places.items():
         values = described(f"{network}: {words}.", {"model": model})
         yield f"{base}-{name}", Row(group=f"{network}: places", needs=_NOTHING, base=base, values=values)

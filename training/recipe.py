@@ -43,6 +43,10 @@ class DataOptions:
         check_range("min_word_count", self.min_word_count, 1, 1_000_000)
         if not self.train_splits or not self.val_splits:
             raise DualmatchError("train_splits and val_splits need at least one split each.")
+        if both := sorted({*self.train_splits} & {*self.val_splits}):
+            raise DualmatchError(
+                f"{both[0]!r} is in train_splits and in val_splits; images that are trained on cannot choose the epoch."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ OUT/RECIPE/seedN                          a run, as `dualmatch train` leaves it;
 OUT/RECIPE/seedN/embeddings-SPLIT.npz     embeddings of the evaluated splits by its best epoch
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -16,13 +16,14 @@ from dualmatch.runtime.files import sha256_of_file
 
 from .evaluation import embed_from_cache, write_embeddings
 from .features import Progress, no_progress
-from .folds import parts_of
+from .folds import Part, parts_of
 from .interrupt import TrainingStoppedError
 from .loop import train
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .resume import is_finished
 from .studies import Study
 from .study_summary import embeddings_path, run_folder
+from .watch import RunWatch
 
 
 def run_study(
@@ -55,15 +56,8 @@ def run_study(
     """
     # All recipes are read before the first is trained: an option that one of them does not have shows now, not hours later.
     runs = [
-        (
-            label,
-            part,
-            run_folder(out, name, seed, part),
-            load_recipe(name, [*part.overrides, *overrides, f"train.seed={seed}"]),
-        )
-        for seed in seeds
-        for part in parts_of(dataset, splits, folds)
-        for label, name in study.rows.items()
+        (label, part, folder, _recipe(name, part, seed, overrides))
+        for label, name, part, seed, folder in _runs(study, parts_of(dataset, splits, folds), seeds, out)
     ]
     for label, part, folder, recipe in runs:
 
@@ -81,12 +75,47 @@ def run_study(
                     resume=(folder / "last.safetensors").is_file(),
                     device=device,
                     workers=workers,
+                    watch=RunWatch(tensorboard=False),
                     progress=report,
                 )
             except TrainingStoppedError as stopped:
                 where = str(stopped).partition(":")[0]
                 raise TrainingStoppedError(f"{where}: the same command continues the study.") from None
         _evaluate(folder, part.compared, cache, report)
+
+
+def check_runs(
+    study: Study,
+    dataset: Dataset,
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    splits: Sequence[str],
+    folds: int = 1,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Refuse a folder that holds a run with other options than the study's: what stands in one table was trained alike.
+
+    Raises:
+        DualmatchError: such a run, or one on other images or captions.
+    """
+    for _, name, part, seed, folder in _runs(study, parts_of(dataset, splits, folds), seeds, out):
+        if (folder / "run.json").is_file():
+            is_finished(_recipe(name, part, seed, overrides), part.dataset, folder)
+
+
+def _runs(
+    study: Study, parts: Sequence[Part], seeds: Sequence[int], out: Path
+) -> Iterator[tuple[str, str, Part, int, Path]]:
+    """Label, recipe, part of the data, seed and folder of every run, in the order of training."""
+    for seed in seeds:
+        for part in parts:
+            for label, name in study.rows.items():
+                yield label, name, part, seed, run_folder(out, name, seed, part)
+
+
+def _recipe(name: str, part: Part, seed: int, overrides: Sequence[str]) -> Recipe:
+    return load_recipe(name, [*overrides, *part.overrides, f"train.seed={seed}"])
 
 
 def _evaluate(folder: Path, compared: Dataset, cache: Path, progress: Progress) -> None:

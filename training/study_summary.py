@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dualmatch.runtime.bootstrap import interval, losses
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
+from dualmatch.runtime.files import sha256_of_file
 from dualmatch.runtime.hard_pairs import DIFFERENCES, has_pairs, partners, told_apart
 from dualmatch.runtime.recall import Ranks, Recall, ranks
 from dualmatch.runtime.recall import summary as recall_of
@@ -74,7 +75,7 @@ def summarise(
     stands in the rows.
 
     Raises:
-        DualmatchError: no run is there, or embeddings of other images.
+        DualmatchError: no run is there, or embeddings of other images or of another checkpoint.
     """
     parts = parts_of(dataset, splits, folds)
     measured = {
@@ -128,6 +129,11 @@ def _measured(out: Path, recipe: str, parts: Sequence[Part], seed: int) -> Measu
         compared, path = part.compared, _embeddings(out, recipe, part, seed)
         with np.load(path) as arrays:
             images, captions, ids = arrays["images"], arrays["captions"], arrays["image_ids"].tolist()
+            checkpoint = str(arrays["checkpoint"])
+        if checkpoint != sha256_of_file(path.with_name("best.safetensors")):
+            raise DualmatchError(
+                f"{path} was made by another checkpoint than {path.parent} holds; without --no-train it is made anew."
+            )
         if ids != [item.id for item in compared.items]:
             raise DualmatchError(f"{path} holds embeddings of other images than data set {compared.name!r} has now.")
         similarity = images @ captions.T

@@ -44,8 +44,11 @@ def draw_sweep(runs: Sequence[Path], option: str, out: Path) -> dict[str, list[f
         The best validation Rsums by the option's value.
 
     Raises:
-        DualmatchError: a folder that is no run, an unknown option, runs that differ in more than it and the seed, or one value alone.
+        DualmatchError: a folder that is no finished run or given twice, an unknown option, runs that differ in more than it and the seed, one
+            value alone, or a picture that is no SVG.
     """
+    if out.suffix.lower() != ".svg":
+        raise DualmatchError(f"the picture is an SVG; call it {out.with_suffix('.svg').name}, not {out.name}.")
     found = _read(runs, option)
     values = sorted({run.value for run in found}, key=lambda value: (str(type(value)), value))
     if len(values) < 2:
@@ -86,7 +89,19 @@ def draw_sweep(runs: Sequence[Path], option: str, out: Path) -> dict[str, list[f
 
 
 def _read(folders: Sequence[Path], option: str) -> list[_Run]:
-    recipes = [recipe_from_json(read_run_json(folder)["recipe"], str(folder)).to_json() for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise DualmatchError("a run is given twice; a sweep counts each once.")
+    described = [read_run_json(folder) for folder in folders]
+    recipes = [
+        recipe_from_json(values["recipe"], str(folder)).to_json()
+        for folder, values in zip(folders, described, strict=True)
+    ]
+    pairs = [values.get("dataset", {}).get("pairs_sha256") for values in described]
+    for folder, own in zip(folders, pairs, strict=True):
+        if own != pairs[0]:
+            raise DualmatchError(
+                f"{folders[0]} and {folder} were trained on other images or captions; a sweep takes runs on the same data."
+            )
     free = _FREE | _MOVES.get(option, set()) | {option}
     for folder, recipe in zip(folders, recipes, strict=True):
         if others := sorted(set(changed_options(recipes[0], recipe)) - free):
@@ -95,11 +110,25 @@ def _read(folders: Sequence[Path], option: str) -> list[_Run]:
             )
     runs = []
     for folder, recipe in zip(folders, recipes, strict=True):
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        runs.append(
-            _Run(value=_value(recipe, option), seed=recipe["train"]["seed"], log=[json.loads(line) for line in lines])
-        )
+        log = _log(folder / "log.jsonl")
+        if len(log) < recipe["train"]["epochs"]:
+            raise DualmatchError(
+                f"{folder} has finished {len(log)} of its {recipe['train']['epochs']} epochs; resume it first."
+            )
+        runs.append(_Run(value=_value(recipe, option), seed=recipe["train"]["seed"], log=log))
     return runs
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; none where it has not finished an epoch."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        log = [json.loads(line) for line in lines]
+        for line in log:
+            float(line["val_rsum"]), float(line["loss"]), float(line["epoch"])
+    except (ValueError, KeyError, TypeError):
+        raise DualmatchError(f"{path} is damaged: a line of it is not an epoch of a run.") from None
+    return log
 
 
 def _value(recipe: dict[str, Any], option: str) -> Any:
