@@ -27,7 +27,8 @@ def recognised(data: Mapping[str, Any], protocol: str) -> tuple[str | None, str]
     name, layout = str(data["name"]), str(data["layout"])
     known = _KNOWN.get((layout, "" if layout == "vsepp" else name))
     if known is None:
-        return None, f"{name} is not Flickr30K or COCO (as the layouts of Karpathy, VSE++ and SCAN hold them)"
+        where = "; SCAN's folders are told by their names, f30k_precomp and coco_precomp" if layout == "scan" else ""
+        return None, f"{name} is not Flickr30K or COCO (as the layouts of Karpathy, VSE++ and SCAN hold them{where})"
     which, images, split = known
     if list(data["splits"]) != [split]:
         return None, f"split {', '.join(data['splits'])} of {which}: the papers test on {split} alone"

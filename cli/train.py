@@ -73,12 +73,20 @@ def command(
     if as_json:
         raise click.UsageError("--json goes with --list; a run's figures are in its log.jsonl.")
     from dualmatch.runtime.datasets import open_dataset
+    from dualmatch.runtime.errors import DualmatchError
     from dualmatch.training.interrupt import TrainingStoppedError
     from dualmatch.training.loop import train
     from dualmatch.training.recipe import load_recipe
     from dualmatch.training.watch import RunWatch
 
     chosen = load_recipe(recipe, overrides)
+    if unread := chosen.unread_files:
+        reads = {
+            "data.regions": "a network with precomputed regions (model.regions.source, and a regional path)",
+            "trunk_weights": "the trunk resnet152",
+            "word_weights": 'words with model.text.pretrained = "file"',
+        }
+        raise DualmatchError(f"{unread[0]} is for {reads[unread[0]]}; {chosen.name} does not read it, leave it out.")
     try:
         with progress_reports() as progress:
             best = train(

@@ -251,7 +251,9 @@ def read_npz(path: Path, what: str, *, required: Sequence[str]) -> dict[str, NDA
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DualmatchError):
             raise
-        raise DualmatchError(f"the {what} {path} cannot be read: {error}.") from None
+        # NumPy takes what is neither .npy nor .npz for a pickle, and advises to load it unsafely.
+        why = "it is no .npz file" if "pickle" in str(error) else error
+        raise DualmatchError(f"the {what} {path} cannot be read: {why}.") from None
     for name in required:
         if name not in arrays:
             raise DualmatchError(f"the {what} {path} lacks the array {name!r}; it has {', '.join(arrays) or 'none'}.")

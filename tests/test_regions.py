@@ -171,7 +171,7 @@ def test_pooling_refuses_and_leaves_nothing(tmp_path, photographs, pool):
         (few, "has no boxes for 2 of 3 photographs, the first 'a.png'"),
         (flat, r"must hold boxes \(images, regions, 4\)"),
         (nameless, "lacks the array 'filenames'"),
-        (tmp_path / "text.npz", "cannot be read"),
+        (tmp_path / "text.npz", "cannot be read: it is no .npz file"),
         (tmp_path / "nowhere.npz", "there is no box file"),
     ):
         with pytest.raises(DualmatchError, match=sentence):

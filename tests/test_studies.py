@@ -476,7 +476,7 @@ def test_a_sweep_is_drawn_from_runs(tmp_path):
     assert f"model.joint_graphs = 2: best validation Rsum {best[2]:.1f}" in done.out
     for wrong, why in (
         ([*runs, runs[0]], "given twice"),
-        ([runs[0], _changed(runs[2], tmp_path / "longer", "run.json", '"epochs": 2', '"epochs": 3')], "2 of its 3 epochs"),
+        ([runs[0], _changed(runs[0], tmp_path / "longer", "run.json", '"epochs": 2', '"epochs": 3')], "2 of its 3 epochs"),
         ([runs[0], _changed(runs[2], tmp_path / "other", "run.json", '"pairs_sha256": "', '"pairs_sha256": "0')], "other images"),
         ([runs[0], _changed(runs[2], tmp_path / "cut", "log.jsonl", '"loss"', "")], "is damaged"),
     ):  # fmt: skip

@@ -161,6 +161,11 @@ def test_wrong_usage(dualmatch, missing):
         (("scenes-dsran-gru", "--resume"), "there is no run folder"),
         (("flickr8k-dsran-minilm-resnet152", "--set", 'data.train_splits=["train"]'), "--set trunk_weights=FILE"),
         (("scenes-dsran-gru", "--out", "misspelt.toml/run"), "misspelt.toml"),
+        (("scenes-dsran-gru", "--data", ""), "the data set has no name"),
+        (("scenes-dsran-gru", "--set", 'data.val_splits=["test", "train"]'), "'train' is in train_splits and in val_splits"),
+        (("scenes-dsran-gru", "--set", "data.regions=r.npz"), "data.regions is for a network with precomputed regions"),
+        (("scenes-dsran-gru", "--set", "trunk_weights=w"), "trunk_weights is for the trunk resnet152"),
+        (("scenes-dsran-gru", "--set", "word_weights=w"), "word_weights is for words with"),
     ],
 )  # fmt: skip
 def test_a_failure_is_one_sentence_and_leaves_nothing(dualmatch, tmp_path, arguments, sentence):

@@ -200,6 +200,16 @@ class Recipe:
         """Precomputed regions that the network takes of an image; 0: any number."""
         return self.model.regions.num_regions if isinstance(self.model, DsranConfig) else 0
 
+    @property
+    def unread_files(self) -> list[str]:
+        """Options that name a file which the network does not take: rows of a study share options, a single run has no use for them."""
+        is_read = {
+            "data.regions": (self.data.regions, self.region_dims is not None),
+            "trunk_weights": (self.trunk_weights, self.model.trunk.name == "resnet152"),
+            "word_weights": (self.word_weights, self.model.text.pretrained == "file"),
+        }
+        return [option for option, (file, is_taken) in is_read.items() if file and not is_taken]
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
         return asdict(self)

@@ -63,6 +63,8 @@ def open_dataset(name_or_path: str | Path, faults: Faults | None = None) -> Data
     Raises:
         DualmatchError: no such folder, no layout fits or several do, or the content is not what its layout asks for.
     """
+    if not str(name_or_path):
+        raise DualmatchError("the data set has no name; give a folder, or scenes.")
     if str(name_or_path) == "scenes":
         return make_scenes()
     named, path = _named(name_or_path)
