@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ def bench_training(
         cases.append(
             TrainingCase(
                 workers=number,
-                pairs_per_second=_median([line["pairs_per_second"] for line in lines[1:]]),
-                data_wait=_median([line["data_wait"] for line in lines[1:]]),
+                pairs_per_second=median([line["pairs_per_second"] for line in lines[1:]]),
+                data_wait=median([line["data_wait"] for line in lines[1:]]),
             )
         )
     return cases
@@ -95,9 +96,3 @@ def training_table(cases: Sequence[TrainingCase]) -> "Table":
             str(case.workers), f"{case.pairs_per_second:.0f}", f"{ratio:.2f} x", f"{case.data_wait:.1%}{held_up}"
         )
     return table
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
