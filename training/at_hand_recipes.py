@@ -107,7 +107,8 @@ def _boxes() -> Iterator[tuple[str, Row]]:
             "graph_learning_rate": 1.0,
             "weight_decay": 0.0,
             "schedule": "step",
-            "step_epochs": 15,
+            "epochs": 16,
+            "step_epochs": 8,
             "warmup": 0.0,
         },
     }
