@@ -32,14 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def half_bundle(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run exported at fp16, whatever its gate says of so few pairs."""
-    from dualmatch.export.bundle import export_run
+def bundles(small_run: Any, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small run at every precision, whatever its gate says of so few pairs."""
+    from dualmatch.export.bundle import Precision, export_run
     from dualmatch.training.checkpoint import load_run
 
-    out = tmp_path_factory.mktemp("half-bundle") / "bundle"
-    export_run(load_run(small_run.folder), small_run.dataset, out, precision="fp16", unverified=True)
-    return out
+    found = {"fp32": small_bundle}
+    precisions: tuple[Precision, ...] = ("fp16", "int8")
+    for precision in precisions:
+        found[precision] = tmp_path_factory.mktemp("bundles") / precision
+        export_run(
+            load_run(small_run.folder), small_run.dataset, found[precision], precision=precision, unverified=True
+        )
+    return found
 
 
 @pytest.fixture(scope="session", params=list(FLAVOURS))
@@ -49,17 +54,16 @@ def flavour(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session", params=["fp32", "fp16"])
+@pytest.fixture(scope="session", params=["fp32", "fp16", "int8"])
 def compiled(
     request: pytest.FixtureRequest,
     flavour: str,
-    small_bundle: Path,
-    half_bundle: Path,
+    bundles: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A bundle with engines of the flavour for this GPU; skipped, with TensorRT-RTX's own words, where it does not support the GPU."""
     path = tmp_path_factory.mktemp("compiled") / "bundle"
-    shutil.copytree(small_bundle if request.param == "fp32" else half_bundle, path)
+    shutil.copytree(bundles[request.param], path)
     compile_bundle(path, flavour=flavour, profiles=["latency", "1:4:8"])
     try:
         open_encoder(load_bundle(path), "image", backend=flavour).close()

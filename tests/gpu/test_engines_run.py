@@ -39,13 +39,16 @@ def test_parity_holds_on_this_gpu(compiled, flavour, small_run):
     found = json.loads(done.out)
     assert found["verdict"] in ("pass", "too few pairs"), found["reason"]
     assert all("TensorRT" in provider for provider in found["providers"].values())
-    assert max(found["samples"].values()) < 0.02
+    is_int8 = load_bundle(compiled).manifest.encoders["image"].precision == "int8"
+    assert max(found["samples"].values()) < (0.25 if is_int8 else 0.02)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_batch_and_length_gives_what_onnxruntime_gives(encoder, compiled, flavour):
     bundle = load_bundle(compiled)
     shapes = [(1, 9), (2, 3), (7, 9), (8, 17), (33, 9), (130, 5), (1, 9), (33, 9), (33, 9), (1, 9)]
+    # An int8 engine has codes of its own: it is another rounding of the network than onnxruntime's graph.
+    least = 0.95 if bundle.manifest.encoders[encoder].precision == "int8" else 0.999
     with (
         open_encoder(bundle, encoder, backend=flavour) as here,
         open_encoder(bundle, encoder, backend="onnxruntime") as cpu,
@@ -54,7 +57,7 @@ def test_every_batch_and_length_gives_what_onnxruntime_gives(encoder, compiled, 
             feeds = given(bundle, encoder, batch, length, seed=turn)
             a, b = embedding(here, feeds), embedding(cpu, feeds)
             assert a.shape == b.shape
-            assert worst_cosine(a, b) > 0.999, (batch, length, here.provider)
+            assert worst_cosine(a, b) > least, (batch, length, here.provider)
             np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=2e-3)
 
 

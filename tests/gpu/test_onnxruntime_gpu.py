@@ -20,9 +20,10 @@ def backend(request):
 
 
 @pytest.mark.parametrize("encoder", ["image", "text"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_embeddings_are_those_of_the_cpu(encoder, precision, backend, small_bundle, half_bundle):
-    bundle = load_bundle(small_bundle if precision == "fp32" else half_bundle)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_embeddings_are_those_of_the_cpu(encoder, precision, backend, bundles):
+    bundle = load_bundle(bundles[precision])
+    least = 0.95 if precision == "int8" and "tensorrt" in backend else 0.999  # TensorRT's graph has half as many codes
     inputs = bundle.manifest.encoders[encoder].inputs
     with (
         open_encoder(bundle, encoder, backend=backend) as here,
@@ -32,7 +33,7 @@ def test_embeddings_are_those_of_the_cpu(encoder, precision, backend, small_bund
         for turn, (batch, length) in enumerate([(1, 9), (5, 3), (5, 3), (32, 12), (1, 9)]):
             feeds = random_feeds(inputs, batch=batch, length=length, vocabulary_size=20, seed=turn)
             (a,), (b,) = here.run(feeds).values(), cpu.run(feeds).values()
-            assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
+            assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > least
 
 
 def test_threads_share_a_session(backend, small_bundle):
