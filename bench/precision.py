@@ -8,13 +8,13 @@ them. A ratio is that of the medians, and its interval the bootstrap's over roun
 """
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import click
@@ -108,14 +108,14 @@ def exported(run: Path, data: str, out: Path, precision: str, regions: str | Non
             *(f"--{precision}", "--data", data, "--json"),
             *(() if regions is None else ("--regions", regions)),
         ]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)  # noqa: S603
-        sys.stderr.write(done.stderr)
+        returncode, stdout, stderr, peak = measured([*map(str, command)])
+        sys.stderr.write(stderr)
         facts["export_seconds"] = round(time.perf_counter() - started, 1)
-        facts["largest_export_mib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-        if done.returncode:
-            if done.stdout.strip():
-                return {**facts, "bundle": False, **_gate(json.loads(done.stdout))}
-            why = done.stderr.strip().splitlines()[-1:]
+        facts["export_peak_mib"] = round(peak / MIB)
+        if returncode:
+            if stdout.strip():
+                return {**facts, "bundle": False, **_gate(json.loads(stdout))}
+            why = stderr.strip().splitlines()[-1:]
             return {**facts, "bundle": False, "verdict": "refused", "reason": "".join(why)}
     bundle = load_bundle(out)
     encoders = bundle.manifest.encoders
@@ -126,6 +126,17 @@ def exported(run: Path, data: str, out: Path, precision: str, regions: str | Non
         "mib": {name: round(bundle.manifest.files[entry.file].bytes / MIB, 2) for name, entry in encoders.items()},
         "quantisation": {name: dict(entry.quantisation) for name, entry in encoders.items() if entry.quantisation},
     }
+
+
+def measured(command: Sequence[str]) -> tuple[int, str, str, int]:
+    """Run a command: its exit code, what it wrote, and the largest resident set of its process in bytes."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)  # noqa: S603  (our own command)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        return process.returncode, out.read(), err.read(), usage.ru_maxrss * 1024
 
 
 def _gate(parity: Any) -> dict[str, Any]:
@@ -215,6 +226,7 @@ def table(report: dict[str, Any]) -> str:
         "Rsum",
         "change (bound of the loss)",
         "gate",
+        "export, s and MiB at its peak",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     cases = {(case["encoder"], case["batch"]): case for case in report["cases"]}
@@ -234,7 +246,8 @@ def table(report: dict[str, Any]) -> str:
             ]
         else:
             cells += ["-", "-", "-"]
-        lines.append("| " + " | ".join([*cells, found["verdict"]]) + " |")
+        took = f"{found['export_seconds']:.0f}, {found['export_peak_mib']}" if "export_seconds" in found else "-"
+        lines.append("| " + " | ".join([*cells, found["verdict"], took]) + " |")
     return "\n".join(lines)
 
 
