@@ -19,7 +19,7 @@ def hash_of_pairs(*sets: Dataset) -> str:
 
 
 def check_resumable(recipe: Recipe, pairs: str, out: Path) -> None:
-    """Refuse to resume a run with another recipe or other pairs; only the number of epochs may grow."""
+    """Refuse to resume a run with another recipe or other pairs; the number of epochs may grow, and how often it is saved may change."""
     values = read_run_json(out)
     before = recipe_from_json(values["recipe"], f"{out / 'run.json'}: recipe")
     if not (out / "last.safetensors").is_file():
@@ -31,7 +31,7 @@ def check_resumable(recipe: Recipe, pairs: str, out: Path) -> None:
     same = replace(
         recipe,
         model=replace(recipe.model, text=replace(recipe.model.text, vocabulary_size=before.model.text.vocabulary_size)),
-        train=replace(recipe.train, epochs=before.train.epochs),
+        train=replace(recipe.train, epochs=before.train.epochs, save_steps=before.train.save_steps),
     )
     if same != before:
         changed = ", ".join(changed_options(before.to_json(), same.to_json()))
