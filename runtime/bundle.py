@@ -146,9 +146,14 @@ class Bundle:
         """
         return read_checked(self.path, name, self.manifest.files[name])
 
-    def graph(self, encoder: EncoderName) -> bytes | Path:
-        """One encoder's graph for a backend: its checked bytes, or its path where its weights lie in other files of the bundle."""
-        name = self.manifest.encoders[encoder].file
+    def graph(self, encoder: EncoderName, *, for_tensorrt: bool = False) -> bytes | Path:
+        """One encoder's graph for a backend: its checked bytes, or its path where its weights lie in other files of the bundle.
+
+        Args:
+            for_tensorrt: the graph that TensorRT takes, where that is another one.
+        """
+        entry = self.manifest.encoders[encoder]
+        name = entry.engine_graph if for_tensorrt else entry.file
         data = self.read(name)
         return self.path / name if external_files(data, name) else data
 

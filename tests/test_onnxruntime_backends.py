@@ -1,5 +1,6 @@
 """onnxruntime's GPU backends as far as a CPU carries: IO binding and node placement are really run, on onnxruntime's CPU device."""
 
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -8,9 +9,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualmatch.runtime.backends import BACKENDS, open_session
+from dualmatch.runtime import backends
+from dualmatch.runtime.backends import BACKENDS, open_encoder, open_session
 from dualmatch.runtime.backends.onnxruntime import PROVIDERS, BoundRun, OnnxruntimeSession, placement
+from dualmatch.runtime.bundle import file_entry, load_bundle
 from dualmatch.runtime.errors import DualmatchError
+
+from .demo_fixture import edit_manifest
 
 onnxruntime = pytest.importorskip("onnxruntime")
 CPU = "CPUExecutionProvider"
@@ -169,3 +174,34 @@ def test_a_cuda_error_that_stays_ends_the_sessions_work(message, sticky, graph):
             session.run(feeds(2, 3))
     else:
         assert set(session.run(feeds(2, 3))) == {"product", "twice"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted"),
+    [
+        ("onnxruntime", "image_encoder.onnx"),
+        ("onnxruntime-cuda", "image_encoder.onnx"),
+        ("openvino", "image_encoder.onnx"),
+        ("onnxruntime-tensorrt", "image_encoder.engine.onnx"),
+        ("onnxruntime-tensorrt-rtx", "image_encoder.engine.onnx"),
+    ],
+)
+def test_tensorrts_providers_load_the_graph_that_engines_are_compiled_from(
+    backend, wanted, small_bundle, tmp_path, monkeypatch
+):
+    """At int8 the other graph has codes that TensorRT refuses."""
+    bundle = shutil.copytree(small_bundle, tmp_path / "bundle")
+    other = onnx.load(bundle / "image_encoder.onnx")
+    other.doc_string = "for TensorRT"
+    onnx.save(other, bundle / "image_encoder.engine.onnx")
+
+    def list_it(values):
+        values["encoders"]["image"]["engine_file"] = "image_encoder.engine.onnx"
+        values["files"]["image_encoder.engine.onnx"] = vars(file_entry(bundle / "image_encoder.engine.onnx"))
+
+    edit_manifest(bundle, list_it)
+    opened = []
+    monkeypatch.setattr(backends, "open_session", lambda graph, **_: opened.append(graph))
+    for encoder in ("image", "text"):
+        open_encoder(load_bundle(bundle), encoder, backend=backend)
+    assert opened == [(bundle / wanted).read_bytes(), (bundle / "text_encoder.onnx").read_bytes()]

@@ -19,11 +19,13 @@ __all__ = ["BACKENDS", "Session", "TensorSpec", "open_encoder", "open_session"]
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 """Run engines that were compiled into a bundle; the others load its graphs."""
 
+TENSORRT_PROVIDERS = ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
+"""Compile a graph themselves, and so load the one that engines are compiled from: TensorRT takes no other coding of int8."""
+
 BACKENDS = (
     "onnxruntime",
     "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-tensorrt-rtx",
+    *TENSORRT_PROVIDERS,
     "openvino",
     *ENGINE_BACKENDS,
 )
@@ -43,7 +45,8 @@ def open_encoder(
     if backend not in ENGINE_BACKENDS:
         extra = bundle.manifest.encoders[encoder].nodes
         left_out = () if nodes or extra is None else (extra.output.name,)
-        return open_session(bundle.graph(encoder), backend=backend, threads=threads, leave_out=left_out)
+        graph = bundle.graph(encoder, for_tensorrt=backend in TENSORRT_PROVIDERS)
+        return open_session(graph, backend=backend, threads=threads, leave_out=left_out)
     if threads:
         raise DualmatchError(f"backend {backend!r} computes on the GPU and takes no number of threads.")
     from .tensorrt import TensorrtSession
