@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .backends.base import TensorSpec
+from .backends.engine_record import EngineRecord
 from .bundle_files import MANIFEST, FileEntry, check_files, file_entry, read_checked, refuse_unlisted
 from .configs import from_mapping
 from .errors import DualmatchError
@@ -38,6 +39,8 @@ FORMAT = "dualmatch-bundle"
 VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_DIMENSION = 65536
+DTYPES = ("float32", "float16", "int64", "int32", "uint8", "bool")
+"""What a graph's inputs and outputs may be."""
 
 EncoderName = Literal["image", "text"]
 
@@ -238,10 +241,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _manifest(values: Any, path: Path) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise DualmatchError(f"{path} is not the manifest of a dualmatch bundle.")
-    if values.get("version") != VERSION:
-        raise DualmatchError(
-            f"{path} has format version {values.get('version')}; this dualmatch reads version {VERSION}."
-        )
+    version = values.get("version")
+    if type(version) is not int or version != VERSION:  # True equals 1, but is not it
+        raise DualmatchError(f"{path} has format version {version!r}; this dualmatch reads version {VERSION}.")
     values = {name: value for name, value in values.items() if name not in ("format", "version")}
     try:
         manifest = from_mapping(Manifest, values, "it")
@@ -264,7 +266,36 @@ def _manifest(values: Any, path: Path) -> Manifest:
     ):
         if needed not in manifest.files:
             raise DualmatchError(f"{path} does not list {needed}; the bundle is damaged, export it again.")
+    _check_engines(manifest, path)
     return manifest
+
+
+def _check_engines(manifest: Manifest, path: Path) -> None:
+    """Every engine's record is complete, its file is listed, and its profiles have shapes for the graph that it was built from."""
+    graphs = {manifest.files[entry.engine_graph].sha256: entry for entry in manifest.encoders.values()}
+    for index, values in enumerate(manifest.engines):
+        try:
+            record = from_mapping(EngineRecord, values, f"its engines[{index}]")
+        except DualmatchError as error:
+            raise DualmatchError(
+                f"{path} has a damaged record of an engine ({str(error).rstrip('.')}); remove it, and compile the bundle again."
+            ) from None
+        if record.file not in manifest.files:
+            raise DualmatchError(
+                f"{path} does not list the file {record.file[:200]!r} of its engines[{index}]; the bundle is damaged, compile it again."
+            )
+        if (entry := graphs.get(record.onnx_sha256)) is None:
+            continue  # of another graph: refused where it is asked for
+        ranks = {spec.name: len(spec.shape) for spec in entry.inputs}
+        for profile in record.profiles:
+            fits = profile.shapes.keys() == ranks.keys() and all(
+                len(shape) == ranks[name] for name, shapes in profile.shapes.items() for shape in shapes
+            )
+            if not fits:
+                raise DualmatchError(
+                    f"{path} gives the profile {profile.name[:200]!r} of its engines[{index}] other inputs or ranks than the graph's; "
+                    "the bundle is damaged, compile it again."
+                )
 
 
 def _check_sizes(manifest: Manifest, path: Path) -> None:
@@ -294,6 +325,20 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
                 entry.nodes.check(manifest.embedding_dimension)
             except DualmatchError as error:
                 raise DualmatchError(f"{path} {error}; the bundle is damaged, export it again.") from None
+        if not entry.inputs:
+            raise DualmatchError(
+                f"{path} gives the {encoder} encoder no inputs; the bundle is damaged, export it again."
+            )
+        for spec in (*entry.inputs, *entry.outputs, *(() if entry.nodes is None else (entry.nodes.output,))):
+            if spec.dtype not in DTYPES:
+                raise DualmatchError(
+                    f"{path} gives {spec.name!r} of the {encoder} encoder the type {spec.dtype!r}; it must be one of {', '.join(DTYPES)}."
+                )
+            if not spec.shape or not isinstance(spec.shape[0], str):
+                raise DualmatchError(
+                    f"{path} gives {spec.name!r} of the {encoder} encoder the shape {list(spec.shape)}, which does not begin with "
+                    "a batch of any size; the bundle is damaged, export it again."
+                )
         for spec in entry.inputs:
             sizes_of_axes = [axis for axis in spec.shape if isinstance(axis, int)]
             if any(not 1 <= axis <= MAX_DIMENSION for axis in sizes_of_axes):

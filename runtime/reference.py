@@ -104,13 +104,13 @@ def read_reference(source: Bundle | Path) -> Reference:
         reference = Reference(
             images=tensors["reference.images"],
             captions=tensors["reference.captions"],
-            image_ids=[image["id"] for image in facts["images"]],
-            image_hashes=[image["sha256"] for image in facts["images"]],
-            texts=[caption["text"] for caption in facts["captions"]],
+            image_ids=[_text(image["id"]) for image in facts["images"]],
+            image_hashes=[_text(image["sha256"]) for image in facts["images"]],
+            texts=[_text(caption["text"]) for caption in facts["captions"]],
             caption_image=np.array([caption["image"] for caption in facts["captions"]], dtype=np.int64),
             samples=samples,
-            data=facts["data"],
-            split=facts["split"],
+            data=None if facts["data"] is None else _text(facts["data"]),
+            split=_text(facts["split"]),
             text_checks=[text_checks[number] for number in sorted(text_checks)],
         )
     except DualmatchError:
@@ -133,6 +133,12 @@ def read_reference(source: Bundle | Path) -> Reference:
             f"the parity reference in {folder} does not fit its own list of items; export the bundle again."
         )
     return reference
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.50} stands where a text belongs")
+    return value
 
 
 def _is_check(values: dict[str, Array]) -> bool:

@@ -190,6 +190,22 @@ def seal(bundle: Path) -> None:
     edit_manifest(bundle, change)
 
 
+def engine_record(**values: Any) -> dict[str, Any]:
+    """What a manifest says of an engine, complete; `values` say more or otherwise."""
+    return {
+        "flavour": "tensorrt",
+        "tensorrt_version": "10.13.2",
+        "compute_capabilities": ["9.0"],
+        "profiles": [],
+        "file": "engines/image_encoder.tensorrt.engine",
+        "sha256": "0" * 64,
+        "bytes": 4,
+        "onnx_sha256": "0" * 64,
+        "seconds": 1.0,
+        "strongly_typed": True,
+    } | values
+
+
 def one_sentence(text: str) -> bool:
     """Whether `dualmatch: …` is all that stands on standard error, on one line and without a traceback."""
     lines = text.strip().splitlines()

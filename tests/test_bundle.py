@@ -16,7 +16,7 @@ from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_bytes, strict_json
 from dualmatch.runtime.reference import read_reference
 
-from .demo_fixture import edit_manifest, seal
+from .demo_fixture import edit_manifest, engine_record, seal
 
 FILES = ["image_encoder.onnx", "text_encoder.onnx", "tokenizer.json", "parity.safetensors", "parity.json", "README.md"]
 
@@ -160,10 +160,10 @@ def test_a_link_to_the_bundle_itself_is_fine(bundle, tmp_path):
     assert load_bundle(tmp_path / "link").hash == load_bundle(bundle).hash
 
 
-@pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])
+@pytest.mark.parametrize("version", [0, VERSION + 1, "1", True, 1.0, None])
 def test_another_version(version, bundle):
     edit_manifest(bundle, lambda values: values.update(version=version))
-    assert f"reads version {VERSION}" in refusal(bundle)
+    assert f"has format version {version!r}; this dualmatch reads version {VERSION}" in refusal(bundle)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "{}", json.dumps({"format": "other", "version": 1})])
@@ -317,7 +317,7 @@ def test_compiling_an_engine_leaves_the_bundles_hash(bundle):
     edit_manifest(
         bundle,
         lambda values: values.update(
-            engines=[{"flavour": "tensorrt", "file": "engines/image.engine"}],
+            engines=[engine_record(file="engines/image.engine")],
             files=values["files"] | {"engines/image.engine": entry},
         ),
     )
@@ -463,6 +463,65 @@ def test_a_graph_that_is_none(bundle):
     assert "is not an ONNX graph" in refusal(bundle)
 
 
+# What is said of engines, inputs and outputs.
+
+
+def shapes(*sizes):
+    return {"pixels": dict.fromkeys(("min", "opt", "max"), sizes)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict, None),
+        (lambda record: {}, "engines[0] lacks the option 'flavour'"),
+        (lambda record: record | {"flavour": 7}, "engines[0].flavour must be of type str"),
+        (lambda record: {key: record[key] for key in record if key != "profiles"}, "lacks the option 'profiles'"),
+        (lambda record: record | {"profiles": [{"name": "own"}]}, "lacks the option 'shapes'"),
+        (lambda record: record | {"file": "engines/none.engine"}, "does not list the file 'engines/none.engine'"),
+        (lambda record: record | {"profiles": [{"name": "own", "shapes": {}}]}, "other inputs or ranks"),
+        (lambda record: record | {"profiles": [{"name": "own", "shapes": shapes()}]}, "other inputs or ranks"),
+        (lambda record: record | {"profiles": [{"name": "own", "shapes": shapes(1, 3, 32, 32)}]}, None),
+    ],
+)
+def test_a_record_of_an_engine_that_is_not_complete(change, says, bundle):
+    (bundle / "engines").mkdir()
+    (bundle / "engines" / "image.engine").write_bytes(b"plan")
+    entry = vars(file_entry(bundle / "engines" / "image.engine"))
+
+    def add(values):
+        graph = values["files"]["image_encoder.onnx"]["sha256"]
+        values["engines"] = [change(engine_record(file="engines/image.engine", onnx_sha256=graph))]
+        values["files"]["engines/image.engine"] = entry
+
+    edit_manifest(bundle, add)
+    if says is None:
+        assert load_bundle(bundle).manifest.engines
+    else:
+        assert says in refusal(bundle)
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dtype": "float64"}, "the type 'float64'"),
+        ({"dtype": "float65"}, "the type 'float65'"),
+        ({"shape": []}, "the shape []"),
+        ({"shape": [4, 16]}, "the shape [4, 16]"),
+    ],
+)
+def test_a_tensor_of_another_type_or_without_a_batch(side, change, says, bundle):
+    edit_manifest(bundle, lambda values: values["encoders"]["text"][side][0].update(change))
+    text = refusal(bundle)
+    assert says in text or (side == "outputs" and "one output of 16 components" in text)
+
+
+def test_an_encoder_without_inputs(bundle):
+    edit_manifest(bundle, lambda values: values["encoders"]["text"].update(inputs=[]))
+    assert "gives the text encoder no inputs" in refusal(bundle)
+
+
 # Sizes.
 
 
@@ -545,6 +604,18 @@ def test_a_parity_list_that_is_none(text, bundle):
     (bundle / "parity.json").write_text(text)
     seal(bundle)
     with pytest.raises(DualmatchError, match="damaged"):
+        read_reference(load_bundle(bundle))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("captions", "text"), ("images", "id"), ("images", "sha256"), (None, "data"), (None, "split")]
+)
+def test_a_number_where_the_parity_list_has_a_text(part, key, bundle):
+    facts = json.loads((bundle / "parity.json").read_text())
+    (facts if part is None else facts[part][1])[key] = 7
+    (bundle / "parity.json").write_text(json.dumps(facts))
+    seal(bundle)
+    with pytest.raises(DualmatchError, match="damaged \\(7 stands where a text belongs\\)"):
         read_reference(load_bundle(bundle))
 
 

@@ -21,7 +21,7 @@ from dualmatch.runtime.backends import open_session
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.tokenizer import CaptionTokenizer, TokenizerOptions
 
-from .demo_fixture import dualmatch, edit_manifest, one_sentence
+from .demo_fixture import dualmatch, edit_manifest, engine_record, one_sentence
 
 MODELS = ["dualmatch_image", "dualmatch_text", "dualmatch_tokenizer", "dualmatch_caption"]
 
@@ -268,7 +268,7 @@ def with_engines(bundle, flavour="tensorrt", profiles=(("latency", 1, 1), ("thro
             for n, low, high in profiles
         ]
         graph = manifest["files"][entry["file"]]["sha256"]
-        engines.append({"flavour": flavour, "file": file, "onnx_sha256": graph, "profiles": made})
+        engines.append(engine_record(flavour=flavour, file=file, onnx_sha256=graph, profiles=made))
         files[file] = vars(file_entry(bundle / file))
     edit_manifest(bundle, lambda values: values.update(engines=engines, files=values["files"] | files))
     return load_bundle(bundle)
