@@ -15,6 +15,7 @@ from .engine_profiles import AxisRange, parse_axis_range, profile_from_text
 from .reproduce import reproduce_script
 
 Progress = Callable[[str, int, int], None]
+DEFAULT_LENGTH = 64  # tokens, where the tokenizer cuts no caption and no --length is given
 
 
 def compile_bundle(
@@ -40,9 +41,14 @@ def compile_bundle(
         compute_capabilities, workspace_bytes, timing_cache, version_compatible, hardware_compatibility: see `build_engine`.
 
     Raises:
-        DualmatchError: no bundle, the flavour's package is missing, an option that it does not have, or the graph does not build.
+        DualmatchError: no bundle, or one whose `engines` leads out of it; the flavour's package is missing, an option that it does not
+            have, or the graph does not build.
     """
     bundle = load_bundle(path)
+    place = path / "engines"
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        kind = "a link, which may lead out of the bundle" if place.is_symlink() else "a file"
+        raise DualmatchError(f"engines are kept in the folder {place}, which is {kind}; remove it.")
     lengths = _caption_lengths(bundle, length)
     if len(set(profiles)) != len(profiles):
         raise DualmatchError(f"a profile is asked for twice: {', '.join(profiles)}.")
@@ -81,7 +87,7 @@ def compile_bundle(
         gone |= {_script_of(file) for file in gone}
         files = {name: entry for name, entry in bundle.manifest.files.items() if name not in gone}
         write_manifest(path, replace(bundle.manifest, engines=kept, files=files))
-        (path / "engines").mkdir(exist_ok=True)
+        place.mkdir(exist_ok=True)
         built = [file for record in records for file in (record.file, _script_of(record.file))]
         for file in built:
             (Path(building) / Path(file).name).replace(path / file)
@@ -98,13 +104,14 @@ def _script_of(engine: str) -> str:
 
 def _caption_lengths(bundle: Bundle, length: str | None) -> AxisRange:
     """Token counts of the text encoder's profiles, within what the bundle's tokenizer makes."""
-    limits = bundle.manifest.tokenizer
-    longest = limits.fixed_length or limits.max_length or 64
+    options = bundle.manifest.tokenizer
+    limit = options.fixed_length or options.max_length
     asked = parse_axis_range(length, what="--length") if length else None
-    if asked is not None and asked.max > longest:
-        raise DualmatchError(f"--length reaches {asked.max} tokens, but the bundle cuts captions at {longest}.")
-    if limits.fixed_length:
-        return AxisRange(longest, longest, longest)
+    if asked is not None and limit and asked.max > limit:
+        raise DualmatchError(f"--length reaches {asked.max} tokens, but the bundle cuts captions at {limit}.")
+    if options.fixed_length:
+        return AxisRange(limit, limit, limit)
+    longest = limit or DEFAULT_LENGTH
     return asked or AxisRange(1, min(16, longest), longest)
 
 

@@ -16,6 +16,9 @@ class AxisRange(NamedTuple):
     max: int
 
 
+MAX_SIZE = 65536
+"""The largest batch and length that the exporter lets a graph take."""
+
 NAMED_BATCHES = {"latency": AxisRange(1, 1, 1), "throughput": AxisRange(1, 32, 64)}
 """The batch sizes of the profiles that have a name."""
 
@@ -24,7 +27,7 @@ def parse_axis_range(text: str, *, what: str) -> AxisRange:
     """Read `MIN:OPT:MAX`; `what` names it in the error.
 
     Raises:
-        DualmatchError: not three whole numbers with 1 <= MIN <= OPT <= MAX.
+        DualmatchError: not three whole numbers with 1 <= MIN <= OPT <= MAX, or more than the graphs take.
     """
     try:
         smallest, tuned, largest = (int(part) for part in text.split(":"))
@@ -32,6 +35,10 @@ def parse_axis_range(text: str, *, what: str) -> AxisRange:
         smallest, tuned, largest = 0, 0, 0
     if not 1 <= smallest <= tuned <= largest:
         raise DualmatchError(f"{what} must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, as in 1:32:64, got {text!r}.")
+    if largest > MAX_SIZE:
+        raise DualmatchError(
+            f"{what} reaches {largest}, but the exported graphs take at most {MAX_SIZE}; give a smaller MAX."
+        )
     return AxisRange(smallest, tuned, largest)
 
 

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
-from dualmatch.export.compile import compile_bundle
+from dualmatch.export.compile import _caption_lengths, compile_bundle
 from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import AxisRange, profile_from_text
 from dualmatch.runtime.backends import open_encoder
@@ -20,6 +21,7 @@ from dualmatch.runtime.bundle import load_bundle
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import sha256_of_file
 from dualmatch.runtime.flavours import gpu_compute_capability, load_flavour, tensorrt_logger
+from dualmatch.runtime.tokenizer import TokenizerOptions
 
 from .demo_fixture import dualmatch
 
@@ -157,6 +159,7 @@ def test_compiling_again_replaces_engines_and_prints_what_it_took(compiled, tmp_
     [
         (["--profile", "fast"], "no profile 'fast'"),
         (["--profile", "8:4:2"], "MIN:OPT:MAX"),
+        (["--profile", "1:1:99999999999"], "take at most 65536"),
         (["--profile", "latency", "--profile", "latency"], "asked for twice"),
         (["--length", "1:9:9000"], "the bundle cuts captions at"),
         (["--version-compatible"], "bound to its release"),
@@ -175,6 +178,44 @@ def test_what_cannot_be_built_is_refused_and_the_bundle_keeps_its_engines(option
     assert {one: one.stat().st_mtime_ns for one in path.rglob("*") if one != path} == {
         one: value for one, value in before.items() if one != path
     }
+
+
+def test_engines_are_not_written_out_of_the_bundle(small_bundle, tmp_path, monkeypatch):
+    """Refused before anything is built: a link would lead out, and nothing opens a bundle with a linked file."""
+    bundle = shutil.copytree(small_bundle, tmp_path / "bundle")
+    (tmp_path / "outside").mkdir()
+    monkeypatch.setattr("dualmatch.export.compile.build_engine", None)
+    (bundle / "engines").symlink_to(tmp_path / "outside")
+    with pytest.raises(DualmatchError, match=r"engines, which is a link, which may lead out of the bundle; remove it"):
+        compile_bundle(bundle, flavour="tensorrt-rtx", profiles=["latency"])
+    (bundle / "engines").unlink()
+    (bundle / "engines").write_text("a file")
+    with pytest.raises(DualmatchError, match=r"engines, which is a file; remove it"):
+        compile_bundle(bundle, flavour="tensorrt-rtx", profiles=["latency"])
+    assert not list((tmp_path / "outside").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "wanted"),
+    [
+        ({"max_length": 0}, None, (1, 16, 64)),
+        ({"max_length": 0}, "1:16:300", (1, 16, 300)),
+        ({"max_length": 12}, None, (1, 12, 12)),
+        ({"max_length": 12}, "1:8:12", (1, 8, 12)),
+        ({"max_length": 12}, "1:8:13", "the bundle cuts captions at 12"),
+        ({"max_length": 0, "fixed_length": 20}, None, (20, 20, 20)),
+        ({"max_length": 0, "fixed_length": 20}, "1:8:21", "the bundle cuts captions at 20"),
+        ({"max_length": 0}, "1:16:65537", "take at most 65536"),
+    ],
+)
+def test_lengths_end_where_the_tokenizer_cuts_and_nowhere_if_it_does_not(options, length, wanted, small_bundle):
+    bundle = load_bundle(small_bundle)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, tokenizer=TokenizerOptions(**options)))
+    if isinstance(wanted, str):
+        with pytest.raises(DualmatchError, match=wanted):
+            _caption_lengths(bundle, length)
+    else:
+        assert _caption_lengths(bundle, length) == wanted
 
 
 def test_the_engines_are_asked_for_by_the_backend_of_their_flavour(compiled):

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import (
+    MAX_SIZE,
     AxisRange,
     check_profile,
     parse_axis_range,
@@ -159,6 +160,12 @@ def test_named_profiles_and_ranges_give_these_shapes():
 def test_a_range_out_of_order_or_malformed_is_refused(text):
     with pytest.raises(DualmatchError, match=r"MIN:OPT:MAX"):
         parse_axis_range(text, what="the batch size")
+
+
+def test_sizes_end_where_the_exported_graphs_do():
+    assert parse_axis_range("1:1:65536", what="a size").max == MAX_SIZE
+    with pytest.raises(DualmatchError, match="batch size reaches 65537, but the exported graphs take at most 65536"):
+        profile_from_text("1:1:65537", IMAGE)
 
 
 def test_an_unknown_profile_or_an_uncovered_axis_is_named():
