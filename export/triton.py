@@ -19,7 +19,7 @@ from typing import Any
 from dualmatch.runtime.backends import TensorSpec
 from dualmatch.runtime.bundle import Bundle, EncoderName
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.files import FOLDER_KINDS
+from dualmatch.runtime.files import FOLDER_KINDS, refuse_unwritable
 
 MAX_BATCH = 64
 QUEUE_DELAY_US = 1000
@@ -65,7 +65,7 @@ def refuse_existing_models(out: Path, name: str) -> None:
     """Refuse a repository that holds models of this name already, before any work is done.
 
     Raises:
-        DualmatchError: it does, or `out` is not a folder.
+        DualmatchError: it does, `out` is not a folder, or nothing can be written there.
     """
     if out.exists() and not out.is_dir():
         raise DualmatchError(f"the model repository {out} is a file; give a folder.")
@@ -73,7 +73,8 @@ def refuse_existing_models(out: Path, name: str) -> None:
         if (out / file).is_file():
             raise DualmatchError(f"{out} is {kind}; give the model repository a folder of its own.")
     for model in model_names(name):
-        if (out / model).exists():
+        refuse_unwritable(out / model, "the model")
+        if (out / model).exists() or (out / model).is_symlink():
             raise DualmatchError(
                 f"the model repository {out} has a model {model} already; give another --name, or remove it."
             )

@@ -125,9 +125,34 @@ def refuse_other_kind(path: Path, wanted: str) -> None:
 
 
 def refuse_existing(path: Path, what: str, *, force: bool = False) -> None:
-    """Refuse to write over something that is there, unless `force`."""
+    """Refuse, before any work is done, to write over something that is there, unless `force`, or where nothing can be written.
+
+    Raises:
+        DualmatchError: `path` exists, is a link to nothing, or lies where nothing can be written.
+    """
+    refuse_unwritable(path, what)
+    if path.is_symlink() and not path.exists():
+        raise DualmatchError(f"{what} {path} is a link to nothing; give another path, or remove it first.")
     if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
         raise DualmatchError(f"{what} {path} exists already; give another path, or remove it first.")
+
+
+def refuse_unwritable(path: Path, what: str) -> None:
+    """Refuse, before any work is done, a path whose folder neither takes files nor can be made.
+
+    Raises:
+        DualmatchError: a file or a link to nothing stands in a folder's place, or the nearest folder that is there takes no files.
+    """
+    try:
+        above = next(one for one in path.absolute().parents if one.exists() or one.is_symlink())
+        if not above.is_dir():
+            kind = "a file" if above.exists() else "a link to nothing"
+            raise DualmatchError(
+                f"{what} {path} cannot be written: {above} is {kind}, not a folder; give another path."
+            )
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise DualmatchError(f"{what} {path} cannot be written: {error.strerror}; give another path.") from None
 
 
 @contextmanager

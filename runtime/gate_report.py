@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import DualmatchError
-from .files import write_atomically
+from .files import refuse_unwritable, write_atomically
 from .page import image_tag, page, shown, table, thumbnail
 from .stages import HALF_MAX, Magnitude
 from .verify import NamedFlip, Verification
@@ -17,10 +17,11 @@ def check_report_path(path: Path) -> None:
     """Refuse, before anything long runs, a path that no report can be written to.
 
     Raises:
-        DualmatchError: another suffix than .html, or a folder of that name.
+        DualmatchError: another suffix than .html, a folder of that name, or a place where nothing can be written.
     """
     if path.suffix.lower() != ".html" or path.is_dir():
         raise DualmatchError(f"the gate's report is one .html file, not {path}; give another name.")
+    refuse_unwritable(path, "the gate's report")
 
 
 def write_gate_report(found: Verification, path: Path, *, title: str) -> None:

@@ -512,7 +512,30 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(small_run, o
         refused = dualmatch(*words, "--gate-report", tmp_path / "gate.txt")
         assert refused.code == 1
         assert "one .html file" in refused.err
+        (tmp_path / "file").write_text("a file in a folder's place")
+        refused = dualmatch(*words, "--gate-report", tmp_path / "file" / "new" / "gate.html")
+        assert refused.code == 1
+        assert "file is a file, not a folder" in refused.err
+        refused = dualmatch(*words, "--gate-report", "/proc/none/gate.html")
+        assert refused.code == 1
+        assert "the gate's report /proc/none/gate.html cannot be written" in refused.err
     assert nothing_left(out)
+
+
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dualmatch.export.bundle.encode_images", None)
+    (tmp_path / "file").write_text("a file in a folder's place")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, sentence in (
+        (tmp_path / "link", "link is a link to nothing"),
+        (tmp_path / "link" / "o", "link is a link to nothing, not a folder"),
+        (tmp_path / "file" / "o", "file is a file, not a folder"),
+        ("/proc/none/o", "the bundle /proc/none/o cannot be written"),
+    ):
+        refused = dualmatch("export", small_run.folder, "--out", out)
+        assert refused.code == 1
+        assert sentence in refused.err
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_export_refuses_with_a_report_and_no_bundle(small_run, exports_of, out, tmp_path):

@@ -372,6 +372,16 @@ def test_from_the_command_line(small_bundle, small_run, tmp_path):
         assert sentence in done.err
 
 
+def test_a_repository_that_is_a_link_to_nothing_is_refused_before_any_work(small_bundle, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "dualmatch_text").symlink_to(tmp_path / "nowhere")
+    for out, sentence in (("link", "link is a link to nothing"), ("models", "has a model dualmatch_text already")):
+        with pytest.raises(DualmatchError, match=sentence):
+            write_triton_repository(load_bundle(small_bundle), tmp_path / out)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_export_refuses_a_repository_that_holds_such_models_before_it_exports(small_run, repository, tmp_path):
     done = dualmatch("export", small_run.folder, "--out", tmp_path / "b", "--triton", repository)
     assert done.code == 1
