@@ -187,7 +187,8 @@ def _licences(manifest: Manifest) -> str:
 
 
 def _hash_rows(manifest: Manifest, folder: Path) -> str:
-    names = [*(entry.file for entry in manifest.encoders.values()), "tokenizer.json"]
+    graphs = [file for entry in manifest.encoders.values() for file in (entry.file, entry.engine_graph)]
+    names = dict.fromkeys([*graphs, "tokenizer.json"])
     return "\n".join(f"| `{name}` | `{sha256_of_file(folder / name)}` |" for name in names)
 
 

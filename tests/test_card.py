@@ -1,6 +1,7 @@
 """The model card and the graphs' metadata: what a hub reads, what was measured, and no licence that nobody knows."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,19 @@ def test_the_card_of_a_bundle(small_bundle):
         assert f"| `{name}` | `{sha256_of_file(small_bundle / name)}` |" in body
     assert manifest.provenance["checkpoint_sha256"] in body
     assert str(small_bundle.parent) not in body
+
+
+def test_the_card_has_the_hash_of_the_graph_for_tensorrt(small_bundle, tmp_path):
+    bundle = shutil.copytree(small_bundle, tmp_path / "bundle")
+    (bundle / "image_encoder.engine.onnx").write_bytes(b"the graph for TensorRT")
+    manifest = load_bundle(small_bundle).manifest
+    image = replace(manifest.encoders["image"], engine_file="image_encoder.engine.onnx")
+    manifest = replace(manifest, encoders={**manifest.encoders, "image": image})
+    body = front_matter(model_card(manifest, load_recipe("scenes-dsran-gru"), bundle))[1]
+    files = ("image_encoder.onnx", "image_encoder.engine.onnx", "text_encoder.onnx", "tokenizer.json")
+    assert [line for line in body.splitlines() if line.startswith("| `") and line.endswith("` |")] == [
+        f"| `{name}` | `{sha256_of_file(bundle / name)}` |" for name in files
+    ]
 
 
 def test_a_hub_reads_the_card(small_bundle):
