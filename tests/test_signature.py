@@ -3,11 +3,15 @@
 import base64
 import json
 import os
+import re
 import shutil
 import stat
+from pathlib import Path
 
+import click
 import pytest
 
+from dualmatch.cli.main import cli
 from dualmatch.runtime import ImageEncoder, load_bundle
 from dualmatch.runtime.bundle import MANIFEST, file_entry, sign_bundle
 from dualmatch.runtime.errors import DualmatchError
@@ -355,3 +359,20 @@ def test_without_cryptography_a_required_signature_is_a_refusal_and_not_a_pass(b
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     assert "dualmatch[sign]" in refusal(bundle, public)
+
+
+def test_the_documentation_names_every_command_that_takes_a_key():
+    takers = set()
+
+    def walk(group):
+        for name in group.list_commands(None):
+            command = group.get_command(None, name)
+            if isinstance(command, click.Group):
+                walk(command)
+            elif any("--require-signature" in option.opts for option in command.params):
+                takers.add(name)
+
+    walk(cli)
+    text = (Path(__file__).parents[1] / "docs" / "integrity.md").read_text()
+    (told,) = re.findall(r"`--require-signature` is an option of (.*?) For everything", text, re.DOTALL)
+    assert {words.split()[-1] for words in re.findall(r"`([a-z -]+)`", told) if not words.startswith("-")} == takers
