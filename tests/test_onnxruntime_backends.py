@@ -1,7 +1,10 @@
 """onnxruntime's GPU backends as far as a CPU carries: IO binding and node placement are really run, on onnxruntime's CPU device."""
 
+import re
 import shutil
 import threading
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dualmatch.runtime import backends
 from dualmatch.runtime.backends import BACKENDS, open_encoder, open_session
-from dualmatch.runtime.backends.onnxruntime import PROVIDERS, BoundRun, OnnxruntimeSession, placement
+from dualmatch.runtime.backends.onnxruntime import PROVIDERS, BoundRun, OnnxruntimeSession, _reason, placement
 from dualmatch.runtime.bundle import file_entry, load_bundle
 from dualmatch.runtime.errors import DualmatchError
 
@@ -147,6 +150,80 @@ def test_a_provider_that_onnxruntime_drops_is_refused(backend, graph, monkeypatc
         DualmatchError, match=f"asked for {PROVIDERS[backend]}, but onnxruntime runs the graph on {CPU}|cannot load"
     ):
         open_session(graph, backend=backend)
+
+
+def changed(path, folder, change):
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, folder / "changed.onnx")
+    return folder / "changed.onnx"
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_type_that_no_encoder_has_is_refused_by_name(side, graph, tmp_path):
+    def add_double(model):
+        model.node.append(helper.make_node("Cast", ["product"], ["cast"], to=TensorProto.DOUBLE))
+        name = "extra" if side == "input" else "cast"
+        getattr(model, side).append(helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["batch", 4]))
+
+    path = changed(graph, tmp_path, add_double)
+    with pytest.raises(DualmatchError, match=r"'(extra|cast)' is a tensor\(double\), and an encoder takes and gives"):
+        open_session(path)
+    if side == "output":
+        open_session(path, leave_out=["cast"]).close()
+
+
+def test_a_graph_that_does_not_load_is_one_sentence_without_places_in_onnxruntimes_source(graph, tmp_path, capfd):
+    def lie_about_its_length(model):
+        # A sum with a constant that onnxruntime computes when it loads the graph.
+        model.initializer.append(numpy_helper.from_array(np.ones((1, 4), np.float32), "bias"))
+        model.node.append(helper.make_node("Add", ["bias", "bias"], ["folded"]))
+        model.node.append(helper.make_node("Add", ["product", "folded"], ["more"]))
+        model.output.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, ["batch", 4]))
+        tensor = model.initializer[-1]
+        (tmp_path / "weights.bin").write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights.bin")
+        tensor.external_data.add(key="length", value="999")
+
+    path = changed(graph, tmp_path, lie_about_its_length)
+    with pytest.raises(DualmatchError, match=r"cannot load .*external_data.length: 999\.$") as found:
+        open_session(path)
+    assert "\n" not in str(found.value)
+    assert not any(word in str(found.value) for word in ("_src", ".cc:", "onnxruntime::", "(const"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (
+            "CUDA failure 2: out of memory ; GPU=0 ; file=/onnxruntime_src/a/cuda_call.cc ; line=65 ; expr=x",
+            "CUDA failure 2: out of memory ; GPU=0 ; expr=x",
+        ),
+        (
+            "/onnxruntime_src/a/cuda_call.cc:129 Status onnxruntime::CudaCall(ERRTYPE, const char*) [with ERRTYPE = cudaError] CUDA failure 700: an illegal memory access",
+            "CUDA failure 700: an illegal memory access",
+        ),
+        (
+            "/onnxruntime_src/a/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRaw(size_t, Stream*) Failed to allocate 9",
+            "Failed to allocate 9",
+        ),
+        ("Invalid rank for input: x Got: 3 (of 2)", "Invalid rank for input: x Got: 3 (of 2)"),
+    ],
+)
+def test_what_remains_of_onnxruntimes_words(message, wanted):
+    assert _reason(RuntimeError(message)) == wanted
+
+
+def test_the_extra_for_gpus_asks_for_a_release_that_tells_where_nodes_run():
+    """`get_provider_graph_assignment_info`, without which every GPU backend refuses, came with onnxruntime 1.24.1."""
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (least,) = re.findall(r"^onnxruntime-gpu>=([\d.]+)$", "\n".join(extras["gpu"]), re.MULTILINE)
+    assert [int(part) for part in least.split(".")] >= [1, 24, 1]
 
 
 @pytest.mark.parametrize(

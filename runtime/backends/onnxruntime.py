@@ -1,6 +1,7 @@
 """onnxruntime: on the CPU, on CUDA, and through its TensorRT and TensorRT-RTX execution providers."""
 
 import contextlib
+import re
 import sys
 import threading
 from collections import Counter
@@ -39,6 +40,11 @@ _DTYPE_FROM_ONNX = {
     "tensor(bool)": "bool",
 }
 
+_PLACE = re.compile(
+    r"/\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+ [^()\n]*\([^()\n]*\)(?: const)?(?: \[with [^]\n]*\])? "  # with the function's signature
+    r"|/\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+ |\b\w+\.(?:cc|h):\d+ \w+ | ; file=\S+ ; line=\d+"
+)
+
 
 class OnnxruntimeSession(Session):
     """An ONNX graph in an onnxruntime session; on a GPU with IO binding, so that inputs and outputs are copied once.
@@ -76,13 +82,14 @@ class OnnxruntimeSession(Session):
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it calls errors it raises too
         on_gpu = wanted != "CPUExecutionProvider"
         if on_gpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             # CUDA and cuDNN where pip has put them. It prints, and standard output belongs to the caller.
             with contextlib.redirect_stdout(sys.stderr):
                 onnxruntime.preload_dlls()
+        named = "the graph" if isinstance(graph, bytes) else graph
         try:
             self._session = onnxruntime.InferenceSession(
                 graph if isinstance(graph, bytes) else str(graph),
@@ -90,8 +97,7 @@ class OnnxruntimeSession(Session):
                 providers=[(wanted, _OPTIONS.get(wanted, {}))],
             )
         except Exception as error:  # noqa: BLE001  (onnxruntime raises exception types that it does not document)
-            name = "the graph" if isinstance(graph, bytes) else graph
-            raise DualmatchError(f"onnxruntime cannot load {name}: {error}") from None
+            raise DualmatchError(f"onnxruntime cannot load {named}: {_reason(error)}.") from None
         # onnxruntime falls back to the CPU with a log line only; a latency measured on the wrong device is worse than an error.
         self.provider = self._session.get_providers()[0]
         if self.provider != wanted:
@@ -101,14 +107,9 @@ class OnnxruntimeSession(Session):
         if on_gpu:
             self.provider = placement(self._session, wanted)
         self.backend = backend
-        self.inputs = tuple(
-            TensorSpec(name=i.name, dtype=_DTYPE_FROM_ONNX[i.type], shape=tuple(i.shape))
-            for i in self._session.get_inputs()
-        )
+        self.inputs = tuple(_spec(value, named) for value in self._session.get_inputs())
         self.outputs = tuple(
-            TensorSpec(name=o.name, dtype=_DTYPE_FROM_ONNX[o.type], shape=tuple(o.shape))
-            for o in self._session.get_outputs()
-            if o.name not in leave_out
+            _spec(value, named) for value in self._session.get_outputs() if value.name not in leave_out
         )
         self._names = [spec.name for spec in self.outputs]
         self._device = "cuda" if on_gpu else None
@@ -122,9 +123,9 @@ class OnnxruntimeSession(Session):
                 return dict(zip(self._names, self._bound(self._device).run(feeds), strict=True))
             return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
         except Exception as error:  # noqa: BLE001  (see above)
-            reason = f"onnxruntime cannot run the graph on {self.provider}: {error}"
+            reason = f"onnxruntime cannot run the graph on {self.provider}: {_reason(error)}."
             # Its CUDA errors come as text. All but too little memory leave the process without a working CUDA context.
-            if "CUDA failure" in reason and "out of memory" not in reason:
+            if "CUDA failure" in str(error) and "out of memory" not in str(error):
                 self._stickiness.lost(reason)
                 self._stickiness.check()
             raise DualmatchError(reason) from None
@@ -140,6 +141,25 @@ class OnnxruntimeSession(Session):
     def _release(self) -> None:
         self._own = threading.local()
         del self._session
+
+
+def _spec(value: Any, graph: Path | str) -> TensorSpec:
+    """An input or output as onnxruntime describes it.
+
+    Raises:
+        DualmatchError: a type that no encoder has.
+    """
+    if value.type not in _DTYPE_FROM_ONNX:
+        raise DualmatchError(
+            f"onnxruntime cannot serve {graph}: {value.name!r} is a {value.type}, and an encoder takes and gives "
+            f"{', '.join(_DTYPE_FROM_ONNX)}; export it again."
+        )
+    return TensorSpec(name=value.name, dtype=_DTYPE_FROM_ONNX[value.type], shape=tuple(value.shape))
+
+
+def _reason(error: Exception) -> str:
+    """What onnxruntime says went wrong, on one line and without the places in its own source."""
+    return " ".join(_PLACE.sub(" ", str(error)).split()).rstrip(".")
 
 
 class BoundRun:
