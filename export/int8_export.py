@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import onnx
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from dualmatch.runtime.backends import Session, open_session
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.parity import Decision, Tolerances, Verdict, compare, decide
+from dualmatch.runtime.parity import Comparison, Decision, Flip, Tolerances, Verdict, compare, decide
 from dualmatch.runtime.regions import RegionFile
+from dualmatch.runtime.stages import RECALL, Stage
+from dualmatch.runtime.verify import NamedFlip, Verification
 from dualmatch.training.checkpoint import Run
 from dualmatch.training.encode import image_inputs
 from dualmatch.training.features import Progress
 
-from .int8_search import Quantised, quantise
+from .gate import GateRefusedError
+from .int8_search import Quantised, SearchFailedError, quantise
 from .int8_sensitivity import cosines
 
 if TYPE_CHECKING:
@@ -40,8 +43,8 @@ class Int8Export:
         unverified: "too few pairs" is good enough.
 
     Raises:
-        DualmatchError: fewer than `LEAST_IMAGES` images to calibrate on, one of them cannot be read, or so few pairs that no graph
-            could pass.
+        DualmatchError: fewer than `LEAST_IMAGES` images to calibrate on, or one of them cannot be read.
+        GateRefusedError: so few pairs that no graph could pass.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Int8Export:
         owners = np.asarray(dataset.caption_image, dtype=np.int64)
         unchanged = decide(compare(self._reference, self._reference, owners), tolerances)
         if unchanged.verdict == "too few pairs" and not unverified:
-            raise DualmatchError(
-                f"int8 cannot be decided on these pairs even if nothing were lost: {unchanged.reason} (or --unverified)."
+            raise GateRefusedError(
+                f"int8 cannot be decided on these pairs even if nothing were lost: {unchanged.reason} (or --unverified).",
+                Verification(decision=unchanged, stages=(_recall(unchanged),), tolerances=tolerances),
             )
         self._batches = {
             name: [slice(start, min(start + step, count)) for start in range(0, count, step)]
@@ -87,7 +91,11 @@ class Int8Export:
         }
 
     def quantised(self, name: Literal["image", "text"], single: onnx.ModelProto, scratch: Path) -> Quantised | None:
-        """One encoder's int8 graphs, or None where int8 has nothing to serve; the image encoder first."""
+        """One encoder's int8 graphs, or None where int8 has nothing to serve; the image encoder first.
+
+        Raises:
+            GateRefusedError: no graph keeps retrieval; it has the last trial's comparison on all pairs, and a stage for each trial.
+        """
         passed: list[NDArray[np.float32]] = []
 
         def decide_on(model: onnx.ModelProto) -> Decision:
@@ -96,15 +104,18 @@ class Int8Export:
                 passed.append(embeddings)
             return decision
 
-        result = quantise(
-            single,
-            self._feeds[name],
-            scratch,
-            name=name,
-            decide=decide_on,
-            accepts=self._accepts,
-            progress=self._progress,
-        )
+        try:
+            result = quantise(
+                single,
+                self._feeds[name],
+                scratch,
+                name=name,
+                decide=decide_on,
+                accepts=self._accepts,
+                progress=self._progress,
+            )
+        except SearchFailedError as failed:
+            self._refuse(name, failed, scratch / "candidate.onnx")
         if result is None:
             self._progress(f"the {name} encoder has nothing that int8 serves: it stays in float32", 0, 0)
             return None
@@ -116,26 +127,81 @@ class Int8Export:
         self, name: Literal["image", "text"], model: onnx.ModelProto, path: Path
     ) -> tuple[Decision, NDArray[np.float32] | None]:
         """The verdict on a graph, and its embeddings if all pairs were encoded for it."""
-        onnx.save(model, path)
-        try:
-            with open_session(path) as session:
-                encoded = self._encode(name, session)
-        finally:
-            path.unlink()
-        if isinstance(encoded, Decision):
-            return encoded, None
+        encoded = self._encoded(name, model, path, floor=self._tolerances.worst_cosine)
+        return (encoded, None) if isinstance(encoded, Decision) else (self._judged(name, encoded)[0], encoded)
+
+    def _judged(self, name: Literal["image", "text"], encoded: NDArray[np.float32]) -> tuple[Decision, Comparison]:
+        """The verdict on an encoder's embeddings of all pairs, and what was compared for it."""
         owners = np.asarray(self._dataset.caption_image, dtype=np.int64)
         # The text encoder works beside each of the image encoder's graphs: the first that is not accepted decides.
         others = [(encoded, self._reference[1])] if name == "image" else [(one, encoded) for one in self._settled]
         for after in others:
-            decision = decide(compare(self._reference, after, owners), self._tolerances)
+            comparison = compare(self._reference, after, owners, split=", ".join(self._dataset.splits))
+            decision = decide(comparison, self._tolerances)
             if decision.verdict not in self._accepts:
                 break
-        return decision, encoded
+        return decision, comparison
 
-    def _encode(self, name: Literal["image", "text"], session: Session) -> NDArray[np.float32] | Decision:
-        """Embeddings of all the gate's images or captions; a refusal as soon as one is below the cosine's floor."""
-        items, texts, floor = self._dataset.items, self._dataset.captions, self._tolerances.worst_cosine
+    def _refuse(self, name: Literal["image", "text"], failed: SearchFailedError, path: Path) -> NoReturn:
+        """The gate's refusal by the last trial's graph: all pairs encoded, which the trial itself may not have come to."""
+        encoded = self._encoded(name, failed.model, path, floor=None)
+        assert not isinstance(encoded, Decision)
+        decision, comparison = self._judged(name, encoded)
+        trials = [
+            Stage(
+                name="trial",
+                graph=f"{name} int8, {trial['graph']}, {trial['excluded']} layers in float32",
+                status="OK" if trial["verdict"] in self._accepts else "FAIL",
+                found=trial["reason"],
+            )
+            for trial in failed.trials
+        ]
+        verification = Verification(
+            decision=decision,
+            stages=(*trials, _recall(decision)),
+            tolerances=self._tolerances,
+            comparison=comparison,
+            flips=self._named(comparison.flips),
+            photographs={item.id: item for item in self._dataset.items},
+        )
+        raise GateRefusedError(failed.sentence(failed.found, decision.reason), verification) from None
+
+    def _named(self, flips: Sequence[Flip]) -> tuple[NamedFlip, ...]:
+        ids, texts = [item.id for item in self._dataset.items], self._dataset.captions
+        owners = self._dataset.caption_image
+        named = []
+        for flip in flips:
+            of_image = flip.direction == "i2t"
+            image = flip.query if of_image else owners[flip.query]
+            answers = texts if of_image else ids
+            named.append(
+                NamedFlip(
+                    direction=flip.direction,
+                    query=ids[image] if of_image else texts[flip.query],
+                    image=ids[image],
+                    rank_before=flip.rank_before + 1,
+                    rank_after=flip.rank_after + 1,
+                    first_before=answers[flip.first_before],
+                    first_after=answers[flip.first_after],
+                )
+            )
+        return tuple(named)
+
+    def _encoded(
+        self, name: Literal["image", "text"], model: onnx.ModelProto, path: Path, *, floor: float | None
+    ) -> NDArray[np.float32] | Decision:
+        """Embeddings of all the gate's images or captions by a graph; with a floor a refusal as soon as a cosine is below it."""
+        onnx.save(model, path)
+        try:
+            with open_session(path) as session:
+                return self._encode(name, session, floor)
+        finally:
+            path.unlink()
+
+    def _encode(
+        self, name: Literal["image", "text"], session: Session, floor: float | None
+    ) -> NDArray[np.float32] | Decision:
+        items, texts = self._dataset.items, self._dataset.captions
         wanted, what = (self._reference[0], "images") if name == "image" else (self._reference[1], "captions")
         batches = self._batches[name]
         found, done = np.empty_like(wanted), 0
@@ -145,7 +211,7 @@ class Int8Export:
             done += len(found[rows])
             self._progress(f"encoding {what} with int8", done, len(wanted))
             worst = float(cosines(wanted[rows], found[rows]).min())
-            if not worst >= floor:
+            if floor is not None and not worst >= floor:
                 # What ended this trial is what ends the next one, if anything does.
                 batches.insert(0, batches.pop(number))
                 reason = (
@@ -156,6 +222,10 @@ class Int8Export:
 
     def _inputs(self, items: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         return image_inputs(self._run.model, self._run.preprocess, items, self._regions)
+
+
+def _recall(decision: Decision) -> Stage:
+    return Stage(name=RECALL, graph="both", status="FAIL", found=decision.reason)
 
 
 def _spread(values: Sequence[Any], most: int) -> list[Any]:

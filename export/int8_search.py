@@ -39,6 +39,28 @@ class Quantised:
     facts: dict[str, Any]
 
 
+class SearchFailedError(DualmatchError):
+    """No graph of an encoder passes; export makes the gate's refusal of it.
+
+    Args:
+        found: what does not pass, up to the reason.
+        reason: of the last trial.
+        model: the graph of that trial.
+        trials: what each gave, as in `Quantised.facts`.
+    """
+
+    def __init__(self, found: str, reason: str, model: onnx.ModelProto, trials: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(self.sentence(found, reason))
+        self.found = found
+        self.model = model
+        self.trials = trials
+
+    @staticmethod
+    def sentence(found: str, reason: str) -> str:
+        """What was found, why, and what to do."""
+        return f"{found} {reason}; export with --fp16 or --fp32."
+
+
 def quantise(
     single: onnx.ModelProto,
     calibration: Sequence[Feeds],
@@ -64,7 +86,7 @@ def quantise(
         accepts: the verdicts that end the search.
 
     Raises:
-        DualmatchError: half of the layers in float32 are not enough.
+        SearchFailedError: half of the layers in float32 are not enough.
     """
     layers = layers_of(single)
     if not layers:
@@ -81,8 +103,8 @@ def quantise(
     order: list[Sensitivity] = []
     trials: list[dict[str, Any]] = []
 
-    def settled(graph: str, counts: Iterable[int]) -> tuple[onnx.ModelProto | None, int]:
-        """The first of the graphs with `counts` layers left out that passes (None: none does), and its count (or the last)."""
+    def settled(graph: str, counts: Iterable[int], refused: str) -> tuple[onnx.ModelProto, int]:
+        """The first of the graphs with `counts` layers left out that passes, and its count; `refused` begins the sentence if none does."""
         nonlocal order
         for count in counts:
             if count and not order:
@@ -97,25 +119,21 @@ def quantise(
             progress(f"{name} encoder, {graph}, {count} of {len(layers)} layers in float32: {decision.verdict}", 0, 0)
             if decision.verdict in accepts:
                 return model, count
-        return None, count
+        raise SearchFailedError(refused, decision.reason, model, trials)
 
     most = max(1, len(layers) // 2)
-    model, left = settled("onnxruntime", _ladder(most))
-    if model is None:
-        raise DualmatchError(
-            f"int8 does not keep retrieval: with {left} of the {name} encoder's {len(layers)} layers in float32, still {trials[-1]['reason']}; "
-            "export with --fp16 or --fp32."
-        )
+    refused = (
+        f"int8 does not keep retrieval: with {most} of the {name} encoder's {len(layers)} layers in float32, still"
+    )
+    model, left = settled("onnxruntime", _ladder(most), refused)
     if left == len(layers):
         return None
     # TensorRT's codes are coarser, so its graph leaves out as many layers or more, if need be all of them: then its engine is float32.
-    engine, left_by_engine = None, left
+    engine: onnx.ModelProto | None = None
+    left_by_engine = left
     if engines_differ(single):
-        engine, left_by_engine = settled("engine", [*(n for n in _ladder(most) if n >= left), len(layers)])
-        if engine is None:
-            raise DualmatchError(
-                f"the {name} encoder's graph for TensorRT does not pass with all layers in float32: {trials[-1]['reason']}."
-            )
+        refused = f"the {name} encoder's graph for TensorRT does not pass with all layers in float32:"
+        engine, left_by_engine = settled("engine", [*(n for n in _ladder(most) if n >= left), len(layers)], refused)
     facts = {
         "scheme": "static Q/DQ, symmetric, int8 weights per channel, 8-bit activations with all codes used behind a ReLU, word tables int8 by row",
         "calibration_items": len(calibration),
