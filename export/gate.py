@@ -140,15 +140,10 @@ class Gate:
             GateRefusedError: one overflows.
         """
         self.magnitudes[name] = magnitudes
-        stage = Stage(name=RANGE, graph=f"{name} fp16", status="OK", found="no tensor is float16")
-        if magnitudes:
-            top = magnitudes[0]
-            reached = f"tensor {top.tensor!r} ({top.operator}) reaches {top.largest:.4g} on real inputs, float16 ends at {HALF_MAX:.0f}"
-            stage = replace(stage, found=f"{100 * top.share:.1f} % of float16's range: {reached}")
-            if not top.share < 1:
-                self.table.record(replace(stage, status="FAIL"))
-                self._refuse(f"float16 would overflow: {reached}; export with --fp32")
+        stage = range_stage(magnitudes, f"{name} fp16")
         self.table.record(stage)
+        if stage.status == "FAIL":
+            self._refuse(f"float16 would overflow: {_reached(magnitudes[0])}; export with --fp32")
 
     def decide(self, verification: Verification, *, unverified: bool) -> Verification:
         """Enter what `verify` found on the bundle's files; the whole gate's findings.
@@ -176,6 +171,24 @@ class Gate:
             magnitudes=self.magnitudes,
         )
         raise GateRefusedError(f"{reason}.", verification)
+
+
+def range_stage(magnitudes: Sequence[Magnitude], graph: str) -> Stage:
+    """Whether float16 can hold every tensor: FAIL where one overflows.
+
+    Args:
+        magnitudes: of every tensor that will be float16, largest first.
+        graph: what the stage calls it.
+    """
+    if not magnitudes:
+        return Stage(name=RANGE, graph=graph, status="OK", found="no tensor is float16")
+    top = magnitudes[0]
+    found = f"{100 * top.share:.1f} % of float16's range: {_reached(top)}"
+    return Stage(name=RANGE, graph=graph, status="OK" if top.share < 1 else "FAIL", found=found)
+
+
+def _reached(top: Magnitude) -> str:
+    return f"tensor {top.tensor!r} ({top.operator}) reaches {top.largest:.4g} on real inputs, float16 ends at {HALF_MAX:.0f}"
 
 
 def check_graph(

@@ -1,6 +1,7 @@
 """DSRAN's image encoder without its trunk: the graph for who has the trunk's maps already, cached or from another service."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from dualmatch.models import ImageEncoder
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.files import refuse_existing
-from dualmatch.runtime.stages import GraphCheck
+from dualmatch.runtime.stages import GraphCheck, Stage
 
-from .gate import check_graph
+from .gate import check_graph, range_stage
 from .graph import export_encoder
-from .half import to_half
+from .half import magnitudes, to_half
 
 # Largest difference of a component of a unit vector to torch.
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3}
@@ -28,7 +29,8 @@ def export_head(
     """Write the head of an image encoder as one ONNX graph, if it gives torch's embeddings.
 
     The graph is traced on three images and checked, in a fresh process, on one, on two and on all of `inputs`: names, axes, shapes,
-    values. It is no bundle, and recall is not compared: the whole encoder's export does that.
+    values. At fp16 the largest magnitudes on all of `inputs` are compared with float16's range before. It is no bundle, and recall is not
+    compared: the whole encoder's export does that.
 
     Args:
         inputs: what the whole encoder takes, of at least `LEAST_IMAGES` real images: `pixels`, and regions where it reads them.
@@ -39,7 +41,8 @@ def export_head(
         The stages with what each measured.
 
     Raises:
-        DualmatchError: the file exists, too few images, another precision, or a stage failed; no file is left behind.
+        DualmatchError: the file exists, too few images, another precision, a weight or tensor that float16 cannot hold, or a stage failed;
+            no file is left behind.
     """
     refuse_existing(path, "the head's graph")
     if precision not in TOLERANCE:
@@ -55,14 +58,22 @@ def export_head(
         model = export_encoder(
             head, {name: value[:3] for name, value in given.items()}, written, output="image_embedding"
         )
-        if precision == "fp16":
-            onnx.save(to_half(model), written)
         batches = [{name: value[:batch].numpy() for name, value in given.items()} for batch in (1, 2, count)]
+        stages: tuple[Stage, ...] = ()
+        if precision == "fp16":
+            half = to_half(model)
+            in_range = range_stage(magnitudes(model, half, batches[-1:], Path(scratch)), "head fp16")
+            if in_range.status == "FAIL":
+                raise DualmatchError(
+                    f"the head's graph would overflow at fp16: {in_range.found} (stage {in_range.name}); export it at fp32."
+                )
+            onnx.save(half, written)
+            stages = (in_range,)
         found = check_graph("image", head, batches, written, tolerance=TOLERANCE[precision], graph=f"head {precision}")
         if failed := found.failed:
             raise DualmatchError(f"the head's graph {failed.found} (stage {failed.name}); nothing was written.")
         written.replace(path)
-    return found
+    return replace(found, stages=(*stages, *found.stages))
 
 
 class ImageHead(nn.Module):

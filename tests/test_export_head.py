@@ -12,6 +12,7 @@ pytest.importorskip("onnxscript")
 
 import torch
 
+from dualmatch.export import half
 from dualmatch.export import head as export
 from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import profile_from_text
@@ -105,9 +106,10 @@ def test_a_head_leaves_with_its_stages_passed(head, tmp_path, precision):
     with mock.patch.object(export, "export_encoder", retraced(model)):
         found = export_head(encoder, images(encoder, 7), path, precision=precision)
     assert [(stage.name, stage.graph, stage.status) for stage in found.stages] == [
-        (name, f"head {precision}", "OK") for name in ("names", "axes", "shapes", "values")
+        (name, f"head {precision}", "OK")
+        for name in ("range",) * (precision == "fp16") + ("names", "axes", "shapes", "values")
     ]
-    assert "batches of 1, 2, 7" in found.stages[2].found
+    assert "batches of 1, 2, 7" in found.stages[-2].found
     assert found.largest_difference < export.TOLERANCE[precision]
     inputs, given = feeds(encoder, 5, seed=3)
     with torch.inference_mode():
@@ -152,6 +154,33 @@ def test_a_broken_head_is_refused_and_leaves_no_file(head, tmp_path, change, sai
     ):
         export_head(encoder, images(encoder, 7), tmp_path / "head.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def loud(model):
+    """What enters the l2norm a thousand times larger: the same embedding, but its squares pass 65504."""
+    graph = model.graph
+    last = max(index for index, node in enumerate(graph.node) if node.op_type == "Pow")
+    plain = graph.node[last].input[0]
+    for node in list(graph.node)[last:]:
+        node.input[:] = ["louder" if name == plain else name for name in node.input]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1000), "loud"))
+    graph.node.insert(last, onnx.helper.make_node("Mul", [plain, "loud"], ["louder"]))
+
+
+def test_a_head_whose_squares_leave_float16_is_refused(head, tmp_path, monkeypatch):
+    """A CPU computes float16 in float32 and would hide it; with the squares in float32 the same head passes."""
+    encoder, model, _ = head
+    path = tmp_path / "head.onnx"
+    with mock.patch.object(export, "export_encoder", retraced(model, loud)):
+        with monkeypatch.context() as squares_in_float16:
+            islands = half.ISLAND_OPERATORS - {"Pow", "ReduceSum", "Sqrt"}
+            squares_in_float16.setattr(half, "ISLAND_OPERATORS", islands)
+            with pytest.raises(DualmatchError, match=r"would overflow at fp16: .* ends at 65504 \(stage range\)"):
+                export_head(encoder, images(encoder, 7), path, precision="fp16")
+        assert list(tmp_path.iterdir()) == []
+        found = export_head(encoder, images(encoder, 7), path, precision="fp16")
+    assert found.stages[0].found.endswith("float16 ends at 65504")
+    assert path.exists()
 
 
 def test_what_export_head_asks_for(head, tmp_path):
