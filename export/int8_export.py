@@ -18,6 +18,7 @@ from dualmatch.runtime.stages import RECALL, Stage
 from dualmatch.runtime.verify import NamedFlip, Verification
 from dualmatch.training.checkpoint import Run
 from dualmatch.training.encode import image_inputs
+from dualmatch.training.evaluation import regions_of
 from dualmatch.training.features import Progress
 
 from .gate import GateRefusedError
@@ -36,15 +37,16 @@ class Int8Export:
     """Quantises the image encoder, then the text encoder, which is judged beside the image graphs that were settled on.
 
     Args:
-        calibration: real images with captions; up to `NUM_IMAGES` and `NUM_CAPTIONS` of them are used, evenly spaced.
+        calibration: see `calibration_feeds`.
         dataset: the gate's pairs.
         images, captions: torch's embeddings of them.
+        regions: of the gate's pairs.
         tolerances: the gate's.
         unverified: "too few pairs" is good enough.
 
     Raises:
-        DualmatchError: fewer than `LEAST_IMAGES` images to calibrate on, or one of them cannot be read.
-        GateRefusedError: so few pairs that no graph could pass.
+        DualmatchError: see `calibration_feeds`.
+        GateRefusedError: see `require_enough_pairs`.
     """
 
     def __init__(
@@ -60,23 +62,11 @@ class Int8Export:
         unverified: bool,
         progress: Progress,
     ) -> None:
-        if len(calibration.items) < LEAST_IMAGES:
-            raise DualmatchError(
-                f"int8 needs real images to find its ranges on: at least {LEAST_IMAGES}, and data set {calibration.name!r} has "
-                f"{len(calibration.items)}; name a larger one with --calibration DATA."
-            )
         self._run, self._dataset, self._regions = run, dataset, regions
         self._reference = (images, captions)
         self._settled = [images]
         self._tolerances, self._progress = tolerances, progress
         self._accepts: tuple[Verdict, ...] = ("pass", "too few pairs") if unverified else ("pass",)
-        owners = np.asarray(dataset.caption_image, dtype=np.int64)
-        unchanged = decide(compare(self._reference, self._reference, owners), tolerances)
-        if unchanged.verdict == "too few pairs" and not unverified:
-            raise GateRefusedError(
-                f"int8 cannot be decided on these pairs even if nothing were lost: {unchanged.reason} (or --unverified).",
-                Verification(decision=unchanged, stages=(_recall(unchanged),), tolerances=tolerances),
-            )
         self._batches = {
             name: [slice(start, min(start + step, count)) for start in range(0, count, step)]
             for name, count, step in (
@@ -85,10 +75,9 @@ class Int8Export:
             )
         }
         self.data = {"name": calibration.name, "splits": list(calibration.splits)}
-        self._feeds: dict[str, list[Feeds]] = {
-            "image": [self._inputs([item]) for item in _spread(calibration.items, NUM_IMAGES)],
-            "text": [{"token_ids": run.tokenizer([text])} for text in _spread(calibration.captions, NUM_CAPTIONS)],
-        }
+        self._feeds = calibration_feeds(run, calibration, dataset, regions)
+        if not unverified:
+            require_enough_pairs(dataset, tolerances)
 
     def quantised(self, name: Literal["image", "text"], single: onnx.ModelProto, scratch: Path) -> Quantised | None:
         """One encoder's int8 graphs, or None where int8 has nothing to serve; the image encoder first.
@@ -222,6 +211,62 @@ class Int8Export:
 
     def _inputs(self, items: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         return image_inputs(self._run.model, self._run.preprocess, items, self._regions)
+
+
+def calibration_feeds(
+    run: Run, calibration: Dataset, dataset: Dataset, regions: RegionFile | None
+) -> "dict[str, list[Feeds]]":
+    """What the ranges are found on, by encoder, one item each; export calls it before hours of encoding, to know what is missing.
+
+    Args:
+        calibration: real images with captions; up to `NUM_IMAGES` and `NUM_CAPTIONS` of them are used, evenly spaced.
+        dataset, regions: the gate's pairs and their regions, which calibration data without regions of their own share.
+
+    Raises:
+        DualmatchError: fewer than `LEAST_IMAGES` images, one of them cannot be read, or has no regions where the network takes them.
+    """
+    if len(calibration.items) < LEAST_IMAGES:
+        raise DualmatchError(
+            f"int8 needs real images to find its ranges on: at least {LEAST_IMAGES}, and data set {calibration.name!r} has "
+            f"{len(calibration.items)}; name a larger one with --calibration DATA."
+        )
+    items = _spread(calibration.items, NUM_IMAGES)
+    if "regions" in run.model.image_encoder.input_names:
+        if calibration is not dataset and calibration.regions is not None:
+            regions = regions_of(run, RegionFile(calibration.regions))
+        if calibration is not dataset and regions is not None:
+            _require_regions(regions, [item.id for item in items], calibration.name)
+    return {
+        "image": [image_inputs(run.model, run.preprocess, [item], regions) for item in items],
+        "text": [{"token_ids": run.tokenizer([text])} for text in _spread(calibration.captions, NUM_CAPTIONS)],
+    }
+
+
+def require_enough_pairs(dataset: Dataset, tolerances: Tolerances) -> None:
+    """Refuse, before anything is encoded, pairs on which not even a graph that changed nothing would pass.
+
+    Raises:
+        GateRefusedError: there are too few.
+    """
+    # Nothing is lost by embeddings that stay as they are, whichever they are.
+    unchanged = np.ones((len(dataset.items), 1), np.float32), np.ones((len(dataset.captions), 1), np.float32)
+    owners = np.asarray(dataset.caption_image, dtype=np.int64)
+    decision = decide(compare(unchanged, unchanged, owners), tolerances)
+    if decision.verdict == "too few pairs":
+        raise GateRefusedError(
+            f"int8 cannot be decided on these pairs even if nothing were lost: {decision.reason} (or --unverified).",
+            Verification(decision=decision, stages=(_recall(decision),), tolerances=tolerances),
+        )
+
+
+def _require_regions(regions: RegionFile, image_ids: Sequence[str], name: str) -> None:
+    try:
+        regions.require(image_ids)
+    except DualmatchError as error:
+        raise DualmatchError(
+            f"int8 cannot find its ranges on data set {name!r}: {str(error).removesuffix('.')}; "
+            "name data that come with their regions with --calibration DATA, or leave it out."
+        ) from None
 
 
 def _recall(decision: Decision) -> Stage:

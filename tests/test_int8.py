@@ -25,15 +25,23 @@ from dualmatch.export.engine import build_engine
 from dualmatch.export.engine_profiles import AxisRange, profile_from_text
 from dualmatch.export.graph import specs
 from dualmatch.export.int8 import layers_of, quantised_weight, to_int8, unsigned_tensors
+from dualmatch.export.int8_export import calibration_feeds
 from dualmatch.export.int8_ranges import Histogram, histograms
 from dualmatch.export.int8_search import Quantised, SearchFailedError, quantise
 from dualmatch.export.int8_sensitivity import cosines, sensitivities
 from dualmatch.runtime import load_bundle
 from dualmatch.runtime.backends import open_session
+from dualmatch.runtime.datasets import open_dataset
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.parity import Decision
+from dualmatch.runtime.regions import RegionFile
+from dualmatch.training.checkpoint import load_run
+from dualmatch.training.loop import train
+from dualmatch.training.recipe import load_recipe
 
+from .data_layouts import write_scan
 from .demo_fixture import dualmatch, write_captions_folder
+from .test_data_layouts import REGION_VSRN
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -503,3 +511,61 @@ def test_too_few_pairs_for_int8_have_a_report_too(small_run, traced, tmp_path):
     assert done.json["pairs_needed"] == 100
     assert done.json["comparison"] is None
     assert page.exists()
+
+
+# Calibration data of a network with precomputed regions.
+
+
+@pytest.fixture(scope="module")
+def region_run(tmp_path_factory):
+    """A VSRN trained for an epoch on SCAN's layout, and the data."""
+    root = tmp_path_factory.mktemp("regions")
+    data = write_scan(root / "data")
+    recipe = load_recipe("flickr8k-vsrn", REGION_VSRN)
+    train(recipe, open_dataset(data), root / "run", data_name=str(data), cache=root / "cache", workers=0)
+    return root / "run", data
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    def encode_images(*arguments, **options):
+        raise AssertionError("images are being encoded")
+
+    monkeypatch.setattr(export, "encode_images", encode_images)
+
+
+@pytest.mark.usefixtures("no_encoding")
+def test_images_without_regions_are_told_before_any_encoding(region_run, small_run, tmp_path):
+    run, data = region_run
+    words = ("export", run, "--out", tmp_path / "bundle", "--unverified")
+    done = dualmatch(*words, "--int8", "--calibration", small_run.data)
+    assert done.code == 1
+    assert re.search(
+        r"int8 cannot find its ranges on data set 'small scenes': the region file .*/data has no features for image .* and 31 others of 32; "
+        "name data that come with their regions with --calibration DATA",
+        done.err,
+    )
+    few = np.load(data / "test_ims.npy")[:1]
+    np.savez(tmp_path / "few.npz", filenames=np.array(["test/0"]), features=few)
+    done = dualmatch(*words, "--regions", tmp_path / "few.npz")
+    assert done.code == 1
+    assert re.search(r"few\.npz has no features for image .* others of 11\.", done.err)
+    assert [path.name for path in tmp_path.iterdir()] == ["few.npz"]
+
+
+def test_calibration_data_have_their_own_regions(region_run, tmp_path):
+    """In SCAN's layout images of two data sets have the same ids: the gate's features would be taken for the others'."""
+    run, data = region_run
+    other = shutil.copytree(data, tmp_path / "other")
+    for path in other.glob("*_ims.npy"):
+        np.save(path, 3 * np.load(path))
+    opened, pairs = load_run(run), open_dataset(data)
+    gates = calibration_feeds(opened, pairs, pairs, RegionFile(data))["image"]
+    own = calibration_feeds(opened, open_dataset(other), pairs, RegionFile(data))["image"]
+    assert len(own) == len(gates) == 11
+    for one, gate in zip(own, gates, strict=True):
+        np.testing.assert_array_equal(one["regions"], 3 * gate["regions"])
+    for path in other.glob("*_ims.npy"):
+        np.save(path, np.load(path)[..., :4])
+    with pytest.raises(DualmatchError, match=r"takes regions of 8 channels, .*other has 4"):
+        calibration_feeds(opened, open_dataset(other), pairs, RegionFile(data))
