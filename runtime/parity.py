@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .bootstrap import CUTOFFS, bound, images_needed, losses
+from .bootstrap import CUTOFFS, bound, images_needed, interval, losses
 from .configs import check_range
 from .errors import DualmatchError
 from .recall import Recall, evaluate, ranks
@@ -76,6 +76,7 @@ class Comparison:
         before, after: recall with its protocol.
         rsum_loss: Rsum before minus after, in points.
         bound: 95% one-sided upper bound of that loss, from resampling images with their captions (see `bootstrap.bound`).
+        rsum_change_interval: 95% two-sided interval of Rsum after minus before, likewise (see `bootstrap.interval`); the gate decides by the bound.
         losses: for each image the points of Rsum that it lost, its captions included; float64 (images,), their mean is `rsum_loss`.
         largest_difference: of any component of any embedding.
         image_cosine, caption_cosine: worst, 1st percentile and median cosine between before and after.
@@ -89,6 +90,7 @@ class Comparison:
     after: Recall
     rsum_loss: float
     bound: float
+    rsum_change_interval: tuple[float, float]
     losses: NDArray[np.float64] = field(compare=False, repr=False)
     largest_difference: float
     image_cosine: tuple[float, float, float]
@@ -162,11 +164,13 @@ def compare(
     same_first, overlap = _agreement(similarity_before, similarity_after)
     differences = [float(np.abs(a - b).max(initial=0.0)) for a, b in zip(before, after, strict=True)]
     per_image = losses(ranks_before, ranks_after, caption_image)
+    least, most = interval(per_image, paired=True)
     return Comparison(
         before=recall_before,
         after=recall_after,
         rsum_loss=round(recall_before.rsum - recall_after.rsum, 9),  # else 0.1 + 0.2 is above a tolerance of 0.3
         bound=bound(per_image),
+        rsum_change_interval=(0.0 - most, 0.0 - least),
         losses=per_image,
         largest_difference=max(differences),
         image_cosine=_cosine_quantiles(before[0], after[0]),

@@ -25,14 +25,14 @@ from dualmatch.runtime import fresh, load_bundle
 from dualmatch.runtime.errors import DualmatchError
 from dualmatch.runtime.fresh import check_in_fresh_process
 from dualmatch.runtime.gate_report import write_gate_report
-from dualmatch.runtime.parity import Tolerances
+from dualmatch.runtime.parity import Tolerances, compare
 from dualmatch.runtime.recall import evaluate
 from dualmatch.runtime.reference import read_reference
 from dualmatch.runtime.stages import Contract
 from dualmatch.runtime.verify import NamedFlip, verify
 from dualmatch.training.checkpoint import load_run
 
-from .demo_fixture import dualmatch, seal
+from .demo_fixture import dualmatch, edit_manifest, seal
 
 # 52 images of which none flips have a bound of 300 / 52 points: this much and hardly more is allowed.
 NARROW = Tolerances(rsum_loss=6.0, worst_cosine=0.99)
@@ -414,6 +414,26 @@ def test_verify_goes_through_the_same_stages(small_bundle, small_run):
     values = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert values["smallest_tolerances"]["component"] == found.decision.smallest.component
     assert values["tolerances"]["component"] == 1e-5
+
+
+def test_the_change_of_rsum_has_an_interval_in_json_and_manifest(small_bundle, small_run):
+    found = verify(load_bundle(small_bundle), small_run.dataset)
+    # Nothing flipped: 52 images, with one that lost a hit more and one that lost a hit less.
+    low, high = json.loads(json.dumps(found.to_json()))["comparison"]["rsum_change_interval"]
+    assert -10 < low == -high < 0
+    assert load_bundle(small_bundle).manifest.parity["comparison"]["rsum_change_interval"] == [low, high]
+    right = np.eye(40, dtype=np.float32)
+    wrong = np.concatenate([np.roll(right[:10], 1, axis=0), right[10:]])
+    shifted = compare((right, right), (wrong, right), np.arange(40))
+    least, most = shifted.rsum_change_interval
+    assert least < -shifted.rsum_loss < most < 0
+    assert -least > shifted.bound > -most
+
+
+def test_a_bundle_from_before_the_interval_is_read(small_bundle, small_run, tmp_path):
+    bundle = shutil.copytree(small_bundle, tmp_path / "bundle")
+    edit_manifest(bundle, lambda values: values["parity"]["comparison"].pop("rsum_change_interval"))
+    assert dualmatch("runtime", "verify", bundle, "--data", small_run.data).code == 0
 
 
 @pytest.mark.parametrize(("fault", "stage"), [(a_transposed_weight, "values"), (another_dimension, "shapes"), (a_dropped_padding_mask, "values")])  # fmt: skip
