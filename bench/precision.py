@@ -147,6 +147,7 @@ def _gate(parity: Any) -> dict[str, Any]:
             "rsum_before": comparison["before"]["rsum"],
             "rsum_after": comparison["after"]["rsum"],
             "rsum_change": -comparison["rsum_loss"],
+            "rsum_change_interval": comparison.get("rsum_change_interval"),  # bundles from before it was kept lack it
             "bound_of_loss": comparison["bound"],
             "worst_cosine": {"image": comparison["image_cosine"][0], "text": comparison["caption_cosine"][0]},
             "images": comparison["before"]["protocol"]["images"],
@@ -224,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
         *columns,
         "worst cosine image / text",
         "Rsum",
-        "change (bound of the loss)",
+        "change [95 %] (bound of the loss)",
         "gate",
         "export, s and MiB at its peak",
     ]
@@ -239,10 +240,11 @@ def table(report: dict[str, Any]) -> str:
                 cells.append("-" if measured is None else f"{measured[0]:.2f} ({measured[1]:.2f} to {measured[2]:.2f})")
         if "rsum_change" in found:
             cosines = " / ".join(f"{value:.5f}" for value in found["worst_cosine"].values())
+            interval = "" if (ends := found["rsum_change_interval"]) is None else f" [{ends[0]:+.2f}, {ends[1]:+.2f}]"
             cells += [
                 cosines,
                 f"{found['rsum_after']:.1f}",
-                f"{found['rsum_change']:+.2f} ({found['bound_of_loss']:.2f})",
+                f"{found['rsum_change']:+.2f}{interval} ({found['bound_of_loss']:.2f})",
             ]
         else:
             cells += ["-", "-", "-"]

@@ -31,6 +31,9 @@ def test_a_row_has_the_bundles_figures(rows, small_bundle):
     assert found["mib"]["image"] == round((small_bundle / "image_encoder.onnx").stat().st_size / 2**20, 2)
     row = next(line for line in printed.splitlines() if line.startswith(f"| {manifest.model['recipe']} | fp32 |"))
     assert f"| {found['rsum_after']:.1f} |" in row
+    low, high = manifest.parity["comparison"]["rsum_change_interval"]
+    assert low <= found["rsum_change"] <= high
+    assert f"{found['rsum_change']:+.2f} [{low:+.2f}, {high:+.2f}] ({found['bound_of_loss']:.2f})" in row
     assert row.endswith("| pass | - |")  # from a bundle that was there: no export was measured
 
 
