@@ -74,6 +74,23 @@ def test_a_graph_names_its_inputs_output_and_dynamic_axes_and_nothing_of_this_ma
         assert str(path).encode() not in content
 
 
+@pytest.mark.parametrize("name", EXPORTED)
+def test_nothing_that_is_given_goes_unread(name, exported):
+    graph = exported(name).model.graph
+    read = {one for node in graph.node for one in node.input}
+    assert [value.name for value in (*graph.input, *graph.initializer) if value.name not in read] == []
+
+
+@pytest.mark.parametrize("name", ["image-both-k2", "image-lite0-k1"])
+def test_batch_normalisation_behind_a_convolution_is_folded_into_it(name, exported):
+    graph = exported(name)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in graph.encoder.trunk.modules())
+    nodes = graph.model.graph.node
+    maker = {output: node.op_type for node in nodes for output in node.output}
+    assert "Conv" in maker.values()
+    assert "Conv" not in [maker.get(node.input[0]) for node in nodes if node.op_type == "BatchNormalization"]
+
+
 def test_a_gru_exports_as_one_operator_and_leaves_the_encoder_as_it_was(exported):
     graph = exported("text-gru-masked")
     assert [node.op_type for node in graph.model.graph.node].count("GRU") == 1
