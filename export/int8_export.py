@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from dualmatch.runtime.backends import Session, open_session
 from dualmatch.runtime.datasets import Dataset
 from dualmatch.runtime.errors import DualmatchError
-from dualmatch.runtime.parity import Comparison, Decision, Flip, Tolerances, Verdict, compare, decide
+from dualmatch.runtime.parity import Comparison, Decision, Tolerances, Verdict, compare, decide
 from dualmatch.runtime.regions import RegionFile
 from dualmatch.runtime.stages import RECALL, Stage
-from dualmatch.runtime.verify import NamedFlip, Verification
+from dualmatch.runtime.verify import Verification, named_flips
 from dualmatch.training.checkpoint import Run
 from dualmatch.training.encode import image_inputs
 from dualmatch.training.evaluation import regions_of
@@ -136,6 +136,7 @@ class Int8Export:
         encoded = self._encoded(name, failed.model, path, floor=None)
         assert not isinstance(encoded, Decision)
         decision, comparison = self._judged(name, encoded)
+        photographs = {item.id: item for item in self._dataset.items}
         trials = [
             Stage(
                 name="trial",
@@ -150,31 +151,10 @@ class Int8Export:
             stages=(*trials, _recall(decision)),
             tolerances=self._tolerances,
             comparison=comparison,
-            flips=self._named(comparison.flips),
-            photographs={item.id: item for item in self._dataset.items},
+            flips=named_flips(comparison.flips, [*photographs], self._dataset.captions, self._dataset.caption_image),
+            photographs=photographs,
         )
         raise GateRefusedError(failed.sentence(failed.found, decision.reason), verification) from None
-
-    def _named(self, flips: Sequence[Flip]) -> tuple[NamedFlip, ...]:
-        ids, texts = [item.id for item in self._dataset.items], self._dataset.captions
-        owners = self._dataset.caption_image
-        named = []
-        for flip in flips:
-            of_image = flip.direction == "i2t"
-            image = flip.query if of_image else owners[flip.query]
-            answers = texts if of_image else ids
-            named.append(
-                NamedFlip(
-                    direction=flip.direction,
-                    query=ids[image] if of_image else texts[flip.query],
-                    image=ids[image],
-                    rank_before=flip.rank_before + 1,
-                    rank_after=flip.rank_after + 1,
-                    first_before=answers[flip.first_before],
-                    first_after=answers[flip.first_after],
-                )
-            )
-        return tuple(named)
 
     def _encoded(
         self, name: Literal["image", "text"], model: onnx.ModelProto, path: Path, *, floor: float | None

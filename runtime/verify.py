@@ -168,7 +168,7 @@ def verify(
         decision=decision,
         stages=table.rows,
         comparison=comparison,
-        flips=tuple(_named(flip, reference) for flip in comparison.flips),
+        flips=named_flips(comparison.flips, reference.image_ids, reference.texts, reference.caption_image.tolist()),
         photographs=dict(zip(reference.image_ids, items, strict=True)),
         **found,
     )
@@ -229,17 +229,27 @@ def _gated_items(reference: Reference, dataset: Dataset) -> list[ImageItem]:
     return [item_of[digest] for digest in reference.image_hashes]
 
 
-def _named(flip: Flip, reference: Reference) -> NamedFlip:
-    ids, texts = reference.image_ids, reference.texts
-    of_image = flip.direction == "i2t"
-    image = flip.query if of_image else int(reference.caption_image[flip.query])
-    answers = texts if of_image else ids
-    return NamedFlip(
-        direction=flip.direction,
-        query=ids[image] if of_image else texts[flip.query],
-        image=ids[image],
-        rank_before=flip.rank_before + 1,
-        rank_after=flip.rank_after + 1,
-        first_before=answers[flip.first_before],
-        first_after=answers[flip.first_after],
-    )
+def named_flips(
+    flips: Sequence[Flip], image_ids: Sequence[str], texts: Sequence[str], caption_image: Sequence[int]
+) -> tuple[NamedFlip, ...]:
+    """Flips in words: images by id, captions by text, ranks from 1.
+
+    Args:
+        image_ids, texts, caption_image: of the pairs that were compared.
+    """
+
+    def named(flip: Flip) -> NamedFlip:
+        of_image = flip.direction == "i2t"
+        image = flip.query if of_image else int(caption_image[flip.query])
+        answers = texts if of_image else image_ids
+        return NamedFlip(
+            direction=flip.direction,
+            query=image_ids[image] if of_image else texts[flip.query],
+            image=image_ids[image],
+            rank_before=flip.rank_before + 1,
+            rank_after=flip.rank_after + 1,
+            first_before=answers[flip.first_before],
+            first_after=answers[flip.first_after],
+        )
+
+    return tuple(map(named, flips))
