@@ -105,7 +105,6 @@ def command(
         raise click.UsageError("--calibration is for --int8; the other precisions have no ranges to find.")
     from dualmatch.export.bundle import export_run
     from dualmatch.export.gate import GateRefusedError, tolerances_for
-    from dualmatch.export.int8_export import calibration_feeds, require_enough_pairs
     from dualmatch.export.triton import refuse_existing_models, write_triton_repository
     from dualmatch.runtime.datasets import open_dataset
     from dualmatch.runtime.gate_report import check_report_path, write_gate_report
@@ -125,26 +124,16 @@ def command(
         opened = with_padding(opened, pad_policy=pad_policy, fixed_length=fixed_length)
         data = data or opened.data
         dataset = open_dataset(data)
-        calibrated_on = open_dataset(calibration) if calibration else None
-        features = regions_of(opened, region_file(regions, dataset))
-        tolerances = tolerances_for(opened, precision, max_rsum_loss=max_rsum_loss, min_cosine=min_cosine)
-        # What is missing is known before all pairs are encoded.
-        if features is not None and "regions" in opened.model.image_encoder.input_names:
-            features.require([item.id for item in dataset.items])
         try:
-            if precision == "int8":
-                calibration_feeds(opened, calibrated_on or dataset, dataset, features)
-                if not unverified:
-                    require_enough_pairs(dataset, tolerances)
             result = export_run(
                 opened,
                 dataset,
                 out,
                 precision=precision,
-                calibration=calibrated_on,
-                regions=features,
+                calibration=open_dataset(calibration) if calibration else None,
+                regions=regions_of(opened, region_file(regions, dataset)),
                 unverified=unverified,
-                tolerances=tolerances,
+                tolerances=tolerances_for(opened, precision, max_rsum_loss=max_rsum_loss, min_cosine=min_cosine),
                 attention=attention,
                 generated_data=data if data == "scenes" else None,
                 progress=progress,

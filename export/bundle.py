@@ -34,7 +34,7 @@ from .card import model_card
 from .gate import Gate, tolerances_for
 from .graph import OPSET, export_encoder, specs
 from .half import magnitudes, to_half
-from .int8_export import Int8Export
+from .int8_export import Int8Export, calibration_feeds, require_enough_pairs
 from .metadata import describe_graphs
 from .nodes import WithNodes
 
@@ -89,7 +89,8 @@ def export_run(
         generated_data: name of the data set, if every machine can generate it.
 
     Raises:
-        DualmatchError: `out` exists, the graph cannot be exported, a check or the gate failed; nothing is left behind.
+        DualmatchError: `out` exists, regions or calibration data are missing, the graph cannot be exported, a check or the gate failed;
+            nothing is left behind.
     """
     refuse_existing(out, "the bundle")
     trained = run.reference or run
@@ -97,6 +98,14 @@ def export_run(
     if calibration is not None and precision != "int8":
         raise DualmatchError(f"calibration data are for int8; {precision} needs none.")
     model = run.model.eval()
+    # What is missing is known before all pairs are encoded.
+    if regions is not None and "regions" in model.image_encoder.input_names:
+        regions.require([item.id for item in dataset.items])
+    calibration, feeds = calibration or dataset, {}
+    if precision == "int8":
+        feeds = calibration_feeds(run, calibration, dataset, regions)
+        if not unverified:
+            require_enough_pairs(dataset, tolerances)
     images = encode_images(model, run.preprocess, dataset.items, regions=regions, progress=progress)
     captions = encode_captions(
         trained.model, trained.tokenizer, dataset.captions, batch_size=trained.caption_batch, progress=progress
@@ -106,7 +115,7 @@ def export_run(
     int8 = None
     if precision == "int8":
         int8 = Int8Export(
-            run, calibration or dataset, dataset, images, captions,
+            run, dataset, images, captions, calibration=calibration, feeds=feeds,
             regions=regions, tolerances=tolerances, unverified=unverified, progress=progress,
         )  # fmt: skip
     gate = Gate(precision, tolerances)

@@ -37,26 +37,24 @@ class Int8Export:
     """Quantises the image encoder, then the text encoder, which is judged beside the image graphs that were settled on.
 
     Args:
-        calibration: see `calibration_feeds`.
         dataset: the gate's pairs.
         images, captions: torch's embeddings of them.
+        calibration: the data that the ranges are found on; named in the manifest.
+        feeds: of them, from `calibration_feeds`.
         regions: of the gate's pairs.
         tolerances: the gate's.
         unverified: "too few pairs" is good enough.
-
-    Raises:
-        DualmatchError: see `calibration_feeds`.
-        GateRefusedError: see `require_enough_pairs`.
     """
 
     def __init__(
         self,
         run: Run,
-        calibration: Dataset,
         dataset: Dataset,
         images: NDArray[np.float32],
         captions: NDArray[np.float32],
         *,
+        calibration: Dataset,
+        feeds: "dict[str, list[Feeds]]",
         regions: RegionFile | None,
         tolerances: Tolerances,
         unverified: bool,
@@ -75,9 +73,7 @@ class Int8Export:
             )
         }
         self.data = {"name": calibration.name, "splits": list(calibration.splits)}
-        self._feeds = calibration_feeds(run, calibration, dataset, regions)
-        if not unverified:
-            require_enough_pairs(dataset, tolerances)
+        self._feeds = feeds
 
     def quantised(self, name: Literal["image", "text"], single: onnx.ModelProto, scratch: Path) -> Quantised | None:
         """One encoder's int8 graphs, or None where int8 has nothing to serve; the image encoder first.
@@ -196,7 +192,7 @@ class Int8Export:
 def calibration_feeds(
     run: Run, calibration: Dataset, dataset: Dataset, regions: RegionFile | None
 ) -> "dict[str, list[Feeds]]":
-    """What the ranges are found on, by encoder, one item each; export calls it before hours of encoding, to know what is missing.
+    """What the ranges are found on, by encoder, one item each; export asks for it before hours of encoding, to know what is missing.
 
     Args:
         calibration: real images with captions; up to `NUM_IMAGES` and `NUM_CAPTIONS` of them are used, evenly spaced.

@@ -24,7 +24,7 @@ from dualmatch.export.int8_ranges import histograms
 from dualmatch.runtime.backends import open_session
 from dualmatch.runtime.errors import DualmatchError
 
-from .tiny_models import image_config, image_encoder, images
+from .tiny_models import image_config, image_encoder, images, louder_before_the_norm
 
 CASES = {
     "both": (image_config("grid-and-pyramid-previous", "k2", "ssr", "batch"), ("final_map", "previous_map")),
@@ -156,22 +156,11 @@ def test_a_broken_head_is_refused_and_leaves_no_file(head, tmp_path, change, sai
     assert list(tmp_path.iterdir()) == []
 
 
-def loud(model):
-    """What enters the l2norm a thousand times larger: the same embedding, but its squares pass 65504."""
-    graph = model.graph
-    last = max(index for index, node in enumerate(graph.node) if node.op_type == "Pow")
-    plain = graph.node[last].input[0]
-    for node in list(graph.node)[last:]:
-        node.input[:] = ["louder" if name == plain else name for name in node.input]
-    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1000), "loud"))
-    graph.node.insert(last, onnx.helper.make_node("Mul", [plain, "loud"], ["louder"]))
-
-
 def test_a_head_whose_squares_leave_float16_is_refused(head, tmp_path, monkeypatch):
     """A CPU computes float16 in float32 and would hide it; with the squares in float32 the same head passes."""
     encoder, model, _ = head
     path = tmp_path / "head.onnx"
-    with mock.patch.object(export, "export_encoder", retraced(model, loud)):
+    with mock.patch.object(export, "export_encoder", retraced(model, louder_before_the_norm)):
         with monkeypatch.context() as squares_in_float16:
             islands = half.ISLAND_OPERATORS - {"Pow", "ReduceSum", "Sqrt"}
             squares_in_float16.setattr(half, "ISLAND_OPERATORS", islands)

@@ -33,6 +33,7 @@ from dualmatch.runtime.verify import NamedFlip, verify
 from dualmatch.training.checkpoint import load_run
 
 from .demo_fixture import dualmatch, edit_manifest, seal
+from .tiny_models import louder_before_the_norm
 
 # 52 images of which none flips have a bound of 300 / 52 points: this much and hardly more is allowed.
 NARROW = Tolerances(rsum_loss=6.0, worst_cosine=0.99)
@@ -264,21 +265,12 @@ def test_a_fault_is_refused_at_the_first_stage_that_shows_it(
     assert refusal.value.verification.comparison is None
 
 
-@only("image")
-def louder_before_the_norm(model):
-    """What enters the image encoder's l2norm a thousand times larger: the same embedding, but its squares pass 65504."""
-    graph = model.graph
-    last = max(index for index, node in enumerate(graph.node) if node.op_type == "Pow")
-    plain = graph.node[last].input[0]
-    for node in list(graph.node)[last:]:
-        node.input[:] = ["louder" if name == plain else name for name in node.input]
-    graph.initializer.append(constant("loud", 1000.0))
-    graph.node.insert(last, helper.make_node("Mul", [plain, "loud"], ["louder"]))
+louder_image = only("image")(louder_before_the_norm)
 
 
 def test_an_overflow_in_an_l2norm_is_refused_by_its_range(run, small_run, exports_of, out, monkeypatch):
     """An l2norm that squares in float16. A CPU computes float16 in float32: only the magnitudes show it."""
-    exports_of(louder_before_the_norm)
+    exports_of(louder_image)
     monkeypatch.setattr(half, "ISLAND_OPERATORS", half.ISLAND_OPERATORS - {"Pow", "ReduceSum", "Sqrt"})
     with pytest.raises(GateRefusedError, match=r"float16 would overflow: .*\((ReduceSum|Pow|Clip)\) reaches .* ends at 65504") as refusal:  # fmt: skip
         export_run(run, small_run.dataset, out, precision="fp16", tolerances=NARROW)
@@ -293,7 +285,7 @@ def test_an_overflow_in_an_l2norm_is_refused_by_its_range(run, small_run, export
 
 
 def test_the_same_l2norm_passes_with_its_squares_in_float32(run, small_run, exports_of, out):
-    exports_of(louder_before_the_norm)
+    exports_of(louder_image)
     found = export_run(run, small_run.dataset, out, precision="fp16", tolerances=NARROW).verification
     assert set(statuses(found).values()) == {"OK"}
     assert 500 < found.magnitudes["image"][0].largest < 65504
